@@ -1,0 +1,2 @@
+"""NormBT for reward models as fused Triton kernels."""
+from normbt_kernels._version import __version__
