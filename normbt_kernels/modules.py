@@ -1,0 +1,196 @@
+"""NormBTLoss and LinearNormBTLoss: the two forms of the loss, each with the EMA of the mean distance inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from normbt_kernels.functional import (
+    NormBTStats,
+    finish,
+    linear_inputs,
+    loss_options,
+    reward_inputs,
+    trains_head,
+)
+from normbt_kernels.ops.ema import update_ema_
+from normbt_kernels.ops.losses import LinearLoss, RewardLoss
+from normbt_kernels.ops.pair_distance import pair_distance
+from normbt_kernels.ops.pair_loss import DISTANCE_SUM, Mean
+from normbt_kernels.ops.pairs import RowPairs, split_pairs
+
+
+class DistanceEMA(nn.Module):
+    """The loss's memory: mu <- beta*mu + (1-beta)*mean distance, on the device, frozen in eval mode.
+
+    A batch is weighed by the mu from before it. The first batch's own mean is used for it and becomes mu. In eval
+    mode mu is used and not changed; if there is none yet, the batch's own mean is used and nothing is stored. An
+    empty batch, and one whose mean distance is not finite, leave mu as it was.
+
+    With torch.distributed initialised, the mean is over the pairs of all ranks of `process_group`: sums and counts
+    are added, so unequal batches are right. The reduction (two floats) starts in forward and is waited for, by the
+    device, when mu is next needed, so it overlaps backward; `synchronize()` completes it earlier. In training mode
+    every rank must call forward equally often; in eval mode nothing is exchanged.
+
+    Buffers, both in the `state_dict`: `mu` (fp32, 0-d, 0 until there is one) and `num_updates` (int64, 0-d).
+    """
+
+    mu: Tensor
+    num_updates: Tensor
+
+    def __init__(
+        self,
+        beta: float = 0.9,
+        eps: float = 1e-6,
+        max_weight: float | None = 100.0,
+        label_smoothing: float = 0.0,
+        center_coef: float = 0.0,
+        reduction: str = "mean",
+        process_group: dist.ProcessGroup | str | None = "default",
+    ):
+        super().__init__()
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta must be in [0, 1), got {beta}")
+        if isinstance(process_group, str) and process_group != "default":
+            raise ValueError(f'process_group must be "default", a ProcessGroup or None (local), got {process_group!r}')
+        self.beta = float(beta)
+        self.options = loss_options(label_smoothing, center_coef, eps, max_weight, reduction)
+        self.process_group = process_group
+        self.register_buffer("mu", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self._pending: tuple[dist.Work, Tensor] | None = None
+        self._first_call = True
+
+    def synchronize(self) -> None:
+        """Completes a reduction across ranks that is still under way, so that `mu` includes the last batch."""
+        if self._pending is None:
+            return
+        (work, totals), self._pending = self._pending, None
+        work.wait()
+        self._update(totals)
+
+    def _score(self, rows: RowPairs, apply: Callable[[Mean], tuple[Tensor, Tensor, Tensor]], return_stats: bool):
+        """Runs the loss with the mean that weighs this batch, and updates the EMA."""
+        if self.mu.device != rows.chosen.device:
+            raise ValueError(
+                f"mu is on {self.mu.device}, but the hidden states are on {rows.chosen.device}: "
+                f"move the loss there once, with .to({str(rows.chosen.device)!r})"
+            )
+        group = self._group()
+        if group is None or not self.training:
+            self.synchronize()
+            return finish(*apply(self._mean(self.beta if self.training else None)), return_stats)
+        self.synchronize()
+        if self._may_be_new():
+            # No mu yet: all ranks' mean must be known before the weights, so this once the distances come first.
+            distance = pair_distance(*rows)
+            totals = torch.stack([distance.sum(), distance.new_full((), distance.numel())])
+            dist.all_reduce(totals, group=group)
+            mu = torch.where(self.num_updates == 0, totals[0] / totals[1], self.mu)
+            result = apply(Mean(mu, None, None, None))
+            self._update(totals)
+            self._first_call = False
+        else:
+            result = apply(self._mean(None))
+            totals = result[2][DISTANCE_SUM:].clone()
+            self._pending = dist.all_reduce(totals, group=group, async_op=True), totals
+        return finish(*result, return_stats)
+
+    def _mean(self, beta: float | None) -> Mean:
+        return Mean(self.mu, None, self.num_updates, beta)
+
+    def _may_be_new(self) -> bool:
+        # On a GPU the host does not ask whether the first batch gave a mu. Where it was not finite, the next one is
+        # weighed by each rank's own mean (the kernel sees num_updates == 0); the EMA itself is still shared.
+        return self.num_updates.item() == 0 if self.num_updates.device.type == "cpu" else self._first_call
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the mean, None where there are none."""
+        if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
+            return None
+        return dist.group.WORLD if self.process_group == "default" else self.process_group
+
+    @torch.no_grad()
+    def _update(self, totals: Tensor) -> None:
+        update_ema_(self.mu, self.num_updates, totals[0] / totals[1], self.beta)
+
+    def _apply(self, fn, recurse=True):
+        # mu stays fp32 through .half() and .bfloat16(): with 8 bits of mantissa, steps of 1-beta would be lost.
+        self.synchronize()
+        mu = self.mu
+        super()._apply(fn, recurse)
+        self.mu = mu.to(self.mu.device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.synchronize()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.synchronize()
+        self._first_call = True
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        self.synchronize()
+        return self.__dict__
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            [f"beta={self.beta}", *(f"{name}={value!r}" for name, value in self.options._asdict().items())]
+        )
+
+
+class NormBTLoss(DistanceEMA):
+    """`normbt_loss` with its own EMA of the mean distance: a drop-in replacement of the Bradley-Terry loss.
+
+    Args:
+        beta: decay of the EMA, in [0, 1); 0.9 in the paper.
+        eps, max_weight, label_smoothing, center_coef, reduction: as in `normbt_loss`.
+        process_group: "default" shares the mean with all ranks wherever torch.distributed is initialised, a
+            ProcessGroup with its ranks, None with nobody.
+
+    See `DistanceEMA` for what is kept, and when it changes.
+    """
+
+    def forward(
+        self,
+        chosen_rewards: Tensor,
+        rejected_rewards: Tensor,
+        chosen_hidden: Tensor,
+        rejected_hidden: Tensor,
+        margin: Tensor | None = None,
+        pair_weight: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, NormBTStats]:
+        """The loss, or (loss, stats). Arguments, results and errors as in `normbt_loss`."""
+        inputs = reward_inputs(chosen_rewards, rejected_rewards, chosen_hidden, rejected_hidden, margin, pair_weight)
+        rows = RowPairs(*inputs[2:4], None, None, None)
+        return self._score(rows, lambda mean: RewardLoss.apply(*inputs, mean, self.options), return_stats)
+
+
+class LinearNormBTLoss(DistanceEMA):
+    """`linear_normbt_loss` with its own EMA of the mean distance: the score head and the loss in one pass.
+
+    Args: as `NormBTLoss`.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        pairs: str | Tensor = "halves",
+        last_token: Tensor | None = None,
+        margin: Tensor | None = None,
+        pair_weight: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, NormBTStats]:
+        """The loss, or (loss, stats). Arguments, results and errors as in `linear_normbt_loss`."""
+        inputs = linear_inputs(hidden, weight, bias, pairs, last_token, margin, pair_weight)
+        rows = split_pairs(hidden.detach(), pairs, last_token)
+        trained = trains_head(weight, bias)
+        return self._score(rows, lambda mean: LinearLoss.apply(*inputs, mean, self.options, trained), return_stats)

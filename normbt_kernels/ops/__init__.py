@@ -1,0 +1,1 @@
+"""The operators of the package: one file per operation, each readable downward."""

@@ -1,0 +1,51 @@
+"""Which implementation serves which device.
+
+"triton"              the kernels, compiled: CUDA and ROCm devices, where Triton is installed
+"triton-interpreter"  the kernels, interpreted: any device, with TRITON_INTERPRET=1 set before import
+"torch"               the closed form in PyTorch operators: the CPU and every other device
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from normbt_kernels.ops import _triton
+
+# Programs of an interpreted launch: more than one, so that every stride over pairs is exercised.
+INTERPRETED_MULTIPROCESSORS = 3
+
+
+def backend_name(device: torch.device) -> str:
+    """The implementation that serves tensors on `device`: "triton", "triton-interpreter" or "torch"."""
+    if _triton.INTERPRETED:
+        return "triton-interpreter"
+    if _triton.INSTALLED and device.type == "cuda":
+        return "triton"
+    return "torch"
+
+
+def uses_kernels(device: torch.device) -> bool:
+    """Whether tensors on `device` are served by the Triton kernels, compiled or interpreted."""
+    return backend_name(device) != "torch"
+
+
+def triton_dtype(dtype: torch.dtype) -> _triton.tl.dtype:
+    """The accumulation dtype, fp32 or fp64, as the kernels name it."""
+    return _triton.tl.float64 if dtype == torch.float64 else _triton.tl.float32
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes `device` current: Triton launches on the current device, wherever the tensors are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
