@@ -91,6 +91,15 @@ def row_coefficient(
 
 
 @triton.jit
+def write_head_gradient(
+    out_ptr, index, head_gradient_ptr, num_partials, columns, mask, num_columns, scale,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    total = sum_partials(head_gradient_ptr, num_partials, columns, num_columns, BLOCK_K, BLOCK_H, ACC)
+    tl.store(out_ptr + index, (total * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _write_gradient_kernel(
     hidden_gradient_ptr, weight_gradient_ptr, bias_gradient_ptr,
     gradient_ptr, upstream, head_weight, head_gradient_ptr, num_partials,
@@ -122,21 +131,22 @@ def _write_gradient_kernel(
         mask = (row < num_rows)[:, None] & (columns < hidden_size)[None, :]
         tl.store(out, tile.to(hidden_gradient_ptr.dtype.element_ty), mask=mask)
     # 2. the head, by the programs of the first block of rows
-    if head_gradient_ptr is not None:
+    if head_gradient_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other on the device)
         if tl.program_id(0) == 0:
-            scale = 1.0
+            scale = tl.full([1], 1.0, ACC)
             if SCALE_HEAD:
-                scale = tl.load(upstream.ptr).to(ACC)
-            num_columns = hidden_size + 1
+                scale = tl.load(upstream.ptr + tl.arange(0, 1)).to(ACC)
             if weight_gradient_ptr is not None:
-                total = sum_partials(head_gradient_ptr, num_partials, columns, num_columns, BLOCK_K, BLOCK_H, ACC)
-                out = (total * scale).to(weight_gradient_ptr.dtype.element_ty)
-                tl.store(weight_gradient_ptr + columns, out, mask=columns < hidden_size)
+                write_head_gradient(
+                    weight_gradient_ptr, columns, head_gradient_ptr, num_partials, columns, columns < hidden_size,
+                    hidden_size + 1, scale, BLOCK_K, BLOCK_H, ACC,
+                )  # fmt: skip
             if bias_gradient_ptr is not None:
-                column = hidden_size + tl.arange(0, 1)
-                total = sum_partials(head_gradient_ptr, num_partials, column, num_columns, BLOCK_K, 1, ACC)
-                out = (total * scale).to(bias_gradient_ptr.dtype.element_ty)
-                tl.store(bias_gradient_ptr + tl.arange(0, 1), out, mask=tl.program_id(1) + tl.arange(0, 1) == 0)
+                only = tl.arange(0, 1)
+                write_head_gradient(
+                    bias_gradient_ptr, only, head_gradient_ptr, num_partials, hidden_size + only,
+                    tl.program_id(1) + only == 0, hidden_size + 1, scale, BLOCK_K, 1, ACC,
+                )  # fmt: skip
 
 
 class Gradients(NamedTuple):
@@ -206,7 +216,7 @@ def _launch_linear_gradient(
         BLOCK_N=shape.block_pairs,
         BLOCK_P=128,
         BLOCK_H=shape.block_hidden,
-        BLOCK_K=32,
+        BLOCK_K=4,  # x 1024 columns: more partials at a time spill to local memory
         ACC=acc,
         num_warps=shape.num_warps,
     )

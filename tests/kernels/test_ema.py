@@ -1,0 +1,181 @@
+"""The EMA of the mean distance: its values, what it survives, and that ranks share it."""
+
+import copy
+import os
+import pickle
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from normbt_kernels import LinearNormBTLoss, NormBTLoss
+
+BETA = 0.9
+
+
+def rows_at_distance(distances, hidden_size=4):
+    """Halves layout with the given distance for each pair."""
+    chosen = torch.zeros(len(distances), hidden_size)
+    chosen[:, 0] = torch.tensor(distances)
+    return torch.cat([chosen, torch.zeros_like(chosen)])
+
+
+def run(loss_fn, hidden):
+    """One forward of either module on the same rows; returns the stats."""
+    if isinstance(loss_fn, LinearNormBTLoss):
+        return loss_fn(hidden, torch.ones(hidden.shape[1]), return_stats=True)[1]
+    chosen, rejected = hidden.chunk(2)
+    return loss_fn(chosen.sum(1), rejected.sum(1), chosen, rejected, return_stats=True)[1]
+
+
+both_modules = pytest.mark.parametrize("module", [NormBTLoss, LinearNormBTLoss])
+
+
+@both_modules
+def test_mu_follows_the_formula_and_weighs_with_the_value_from_before(module):
+    loss_fn = module(beta=BETA, eps=0.0)
+    # Means 2, 6, 1: mu = 2, then 0.9*2 + 0.1*6 = 2.4, then 0.9*2.4 + 0.1*1 = 2.26.
+    for distances, mu_before, mu_after in [([1.0, 3.0], 2.0, 2.0), ([6.0], 2.0, 2.4), ([0.5, 1.5], 2.4, 2.26)]:
+        stats = run(loss_fn, rows_at_distance(distances))
+        expected = torch.tensor([mu_before / d for d in distances])
+        torch.testing.assert_close(stats.weight, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss_fn.mu, torch.tensor(mu_after), rtol=1e-6, atol=0)
+    assert loss_fn.num_updates == 3
+    assert (loss_fn.mu.dtype, loss_fn.num_updates.dtype) == (torch.float32, torch.int64)
+
+
+@both_modules
+def test_eval_uses_mu_and_stores_nothing(module):
+    loss_fn = module().eval()
+    run(loss_fn, rows_at_distance([1.0, 3.0]))
+    assert (loss_fn.mu, loss_fn.num_updates) == (0, 0)
+    fresh = run(loss_fn, rows_at_distance([1.0, 3.0]))
+    torch.testing.assert_close(fresh.weight, torch.tensor([2.0, 2 / 3]), rtol=1e-5, atol=0)  # the batch's own mean
+    run(loss_fn.train(), rows_at_distance([5.0]))
+    stats = run(loss_fn.eval(), rows_at_distance([1.0]))
+    torch.testing.assert_close(stats.weight, torch.tensor([5.0]), rtol=1e-5, atol=0)
+    assert (loss_fn.mu, loss_fn.num_updates) == (5, 1)
+
+
+@both_modules
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("first", [True, False], ids=["first batch", "later batch"])
+def test_batch_that_is_not_finite_shows_in_the_loss_but_never_in_mu(module, bad, first):
+    loss_fn = module()
+    if not first:
+        run(loss_fn, rows_at_distance([2.0]))
+    before = copy.deepcopy(loss_fn.state_dict())
+    stats = run(loss_fn, rows_at_distance([1.0, bad]))
+    assert not stats.mean_distance.isfinite()
+    assert loss_fn.state_dict() == before
+    run(loss_fn, rows_at_distance([4.0]))
+    expected = 4.0 if first else 0.9 * 2 + 0.1 * 4
+    torch.testing.assert_close(loss_fn.mu, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+@both_modules
+def test_empty_batch_leaves_mu_as_it_was(module):
+    loss_fn = module()
+    run(loss_fn, rows_at_distance([2.0]))
+    run(loss_fn, rows_at_distance([]))
+    assert (loss_fn.mu, loss_fn.num_updates) == (2, 1)
+
+
+@both_modules
+def test_resume_from_state_dict_is_bitwise(module, tmp_path):
+    torch.manual_seed(0)
+    batches = [torch.randn(8, 5) for _ in range(6)]
+    whole, first = module(), module()
+    expected = [run(whole, batch).weight for batch in batches]
+    for batch in batches[:3]:
+        run(first, batch)
+    torch.save(first.state_dict(), tmp_path / "loss.pt")
+    resumed = module()
+    resumed.load_state_dict(torch.load(tmp_path / "loss.pt"))
+    for batch, weight in zip(batches[3:], expected[3:], strict=True):
+        assert torch.equal(run(resumed, batch).weight, weight)
+    assert torch.equal(resumed.mu, whole.mu)
+    assert resumed.state_dict().keys() == {"mu", "num_updates"}
+
+
+def test_mu_keeps_fp32_when_the_model_that_holds_it_is_cast():
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(4, 1), "loss": NormBTLoss()})
+    run(model["loss"], rows_at_distance([0.1]))
+    mu = model["loss"].mu.clone()
+    model.to(torch.bfloat16)
+    assert model["head"].weight.dtype == torch.bfloat16
+    assert torch.equal(model["loss"].mu, mu)
+
+
+def test_copy_and_pickle_keep_the_state():
+    loss_fn = NormBTLoss(beta=0.5, max_weight=7.0)
+    run(loss_fn, rows_at_distance([2.0]))
+    for twin in (copy.deepcopy(loss_fn), pickle.loads(pickle.dumps(loss_fn))):
+        run(twin, rows_at_distance([4.0]))
+        assert twin.mu == 3
+    assert loss_fn.mu == 2
+
+
+def test_loss_on_another_device_than_its_mu_says_what_to_do():
+    hidden = torch.empty(4, 3, device="meta")
+    with pytest.raises(ValueError, match=r"mu is on cpu, but the hidden states are on meta.*\.to\('meta'\)"):
+        LinearNormBTLoss()(hidden, torch.empty(3, device="meta"))
+
+
+# Ranks. Real processes over gloo, compared with one process that sees the joined batch.
+
+# Pairs of each rank at each step: unequal, a rank with nothing, and a batch that is not finite on one rank only.
+PAIRS = [(3, 5), (1, 4), (0, 6), (2, 2)]
+BAD_STEP = 1
+
+
+def rank_batches(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    batches = [[torch.randn(2, pairs, 7, generator=generator) for pairs in ranks] for ranks in PAIRS]
+    batches[BAD_STEP][1][0, 0, 0] = float("inf")
+    return batches
+
+
+def loss_sum_and_gradient(loss_fn, rows, weight):
+    """Sum of the losses of the pairs in `rows` (2, P, H) and its gradient with respect to the head."""
+    weight = weight.clone().requires_grad_()
+    loss = loss_fn(rows.reshape(-1, rows.shape[-1]), weight)
+    loss.backward()
+    return loss.detach(), weight.grad
+
+
+def rank_main(rank, port, folder, batches):
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    loss_fn = LinearNormBTLoss(reduction="sum")
+    local = LinearNormBTLoss(reduction="sum", process_group=None)
+    trace = []
+    for ranks in batches:
+        loss, gradient = loss_sum_and_gradient(loss_fn, ranks[rank], torch.ones(7))
+        run(local, ranks[rank].reshape(-1, 7))
+        trace.append((loss, gradient, loss_fn.state_dict()["mu"].clone(), local.mu.clone()))
+    torch.save(trace, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("bad_first", [False, True], ids=["bad batch later", "bad batch first"])
+def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, bad_first):
+    batches = rank_batches()
+    if bad_first:
+        batches = [batches[BAD_STEP], *batches[:BAD_STEP], *batches[BAD_STEP + 1 :]]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(rank_main, (port, str(tmp_path), batches), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+
+    single = LinearNormBTLoss(reduction="sum")
+    for step, ranks in enumerate(batches):
+        loss, gradient = loss_sum_and_gradient(single, torch.cat(ranks, dim=1), torch.ones(7))
+        torch.testing.assert_close(first[step][0] + second[step][0], loss, rtol=1e-6, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(first[step][1] + second[step][1], gradient, rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert torch.equal(first[step][2], second[step][2]), "ranks disagree on mu"
+        torch.testing.assert_close(first[step][2], single.mu, rtol=1e-6, atol=0)
+    assert not torch.equal(first[-1][3], second[-1][3]), "process_group=None must keep the mean local"

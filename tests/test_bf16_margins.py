@@ -1,0 +1,9 @@
+"""The order that bf16 rewards lose and the fused head keeps."""
+
+from bench.bf16_margins import measure
+
+
+def test_fused_head_keeps_the_order_that_bf16_logits_tie():
+    shares = measure(num_pairs=500)
+    assert shares["linear_normbt_loss"] == (0, 0)
+    assert shares["Hugging Face bf16 logits"].tied > 0.02
