@@ -18,8 +18,9 @@ from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import num_multiprocessors
 from normbt_kernels.ops.launch import LaunchShape
 
-# Closed form: 64 K elements of each side, 256 KB in fp32, so that delta is still in the L2 cache when it is reduced.
-CACHE_ELEMENTS = 65536
+# Closed form: of each side 256 K elements, 1 MB in fp32, so that delta is still in a core's cache when it is reduced,
+# while blocks stay few enough for their operators' thread barriers not to count.
+CACHE_ELEMENTS = 262144
 
 
 class RowPairs(NamedTuple):
