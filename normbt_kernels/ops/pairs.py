@@ -108,12 +108,13 @@ class RowArguments(NamedTuple):
     row_stride: int
     sequence_stride: int
     column_stride: int
-    token: Vector
+    token_ptr: Tensor | None
+    token_stride: int
 
     @classmethod
     def of(cls, hidden: Tensor, token: Tensor | None) -> "RowArguments":
         sequence_stride = hidden.stride(1) if hidden.dim() == 3 else 0
-        return cls(hidden, hidden.stride(0), sequence_stride, hidden.stride(-1), Vector.of(token))
+        return cls(hidden, hidden.stride(0), sequence_stride, hidden.stride(-1), *Vector.of(token))
 
 
 class PairArguments(NamedTuple):
@@ -153,8 +154,8 @@ def locate_row(rows, side, pair, exists, SIDE: tl.constexpr):
         row = tl.load(rows.index_ptr + row * rows.index_stride + SIDE * rows.index_side_stride, mask=exists, other=0)
         exists = exists & (row >= 0) & (row < rows.num_rows)
     offset = row * side.row_stride
-    if side.token.ptr is not None:
-        token = tl.load(side.token.ptr + row * side.token.stride, mask=exists, other=0).to(tl.int64)
+    if side.token_ptr is not None:
+        token = tl.load(side.token_ptr + row * side.token_stride, mask=exists, other=0).to(tl.int64)
         exists = exists & (token >= 0) & (token < rows.sequence_length)
         offset += token * side.sequence_stride
     return offset, exists
