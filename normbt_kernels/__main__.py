@@ -1,0 +1,7 @@
+"""`python -m normbt_kernels` is the command `normbt`."""
+
+import sys
+
+from normbt_kernels.cli import main
+
+sys.exit(main())

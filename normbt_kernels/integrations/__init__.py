@@ -1,0 +1,1 @@
+"""NormBT in other people's trainers. Each module imports its library; importing this package imports none."""

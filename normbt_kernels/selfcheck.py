@@ -1,0 +1,171 @@
+"""`normbt info`: where this installation runs, and whether its loss gives the numbers that paper and pencil give.
+
+Two pairs whose distances and rewards are whole numbers, on every device, through every entry point:
+
+    h_c = (3, 4), h_r = (0, 0):   delta = (3, 4)    rho = 5      v = (1, 2):  d = 11
+    h_c = (1, 1), h_r = (6, 13):  delta = (-5, -12) rho = 13                  d = -29
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from normbt_kernels import (
+    LinearNormBTLoss,
+    NormBTLoss,
+    __version__,
+    linear_normbt_loss,
+    normbt_loss,
+    pair_distance,
+)
+from normbt_kernels.ops.backend import backend_name
+
+CHOSEN = [[3.0, 4.0], [1.0, 1.0]]
+REJECTED = [[0.0, 0.0], [6.0, 13.0]]
+HEAD = [1.0, 2.0]
+RHO = [5.0, 13.0]
+CHOSEN_REWARDS, REJECTED_REWARDS = [11.0, 3.0], [0.0, 32.0]
+MARGIN = [10.0, -28.0]  # so that z = d - margin is +1 and -1
+Z = [1.0, -1.0]
+MU = 65.0  # so that the weights are 13 and 5
+FIRST_MU = 9.0  # the mean of RHO: what weighs the first batch of a module
+
+
+def environment() -> str:
+    """Versions, and each device with the backend that serves it."""
+    lines = [f"{'normbt-kernels':16}{__version__}", f"{'python':16}{platform.python_version()} ({platform.platform()})"]
+    for name in ("torch", "triton", "transformers", "accelerate", "trl", "peft", "datasets", "matplotlib"):
+        lines.append(f"{name:16}{_version(name)}")
+    for device in _devices():
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+        lines.append(f"{device!s:16}{name}, backend: {backend_name(device)}")
+    return "\n".join(lines)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def run() -> list[str]:
+    """One line for each number that is wrong; empty if all is well."""
+    return [failure for device in _devices() for check in CHECKS for failure in _run(check, device)]
+
+
+def _run(check: Callable[[torch.device], list[tuple[str, Tensor, list[float]]]], device: torch.device) -> list[str]:
+    try:
+        numbers = check(device)
+    except Exception as error:  # whatever it is, the self-check reports it and goes on
+        return [f"{check.__name__.strip('_')} on {device}: {type(error).__name__}: {error}"]
+    return [
+        f"{what} on {device}: expected {expected}, got {seen.flatten().tolist()}"
+        for what, seen, expected in numbers
+        if not torch.allclose(seen.detach().double().cpu().flatten(), torch.tensor(expected).double(), rtol=1e-5)
+    ]
+
+
+# --- the numbers by hand -----------------------------------------------------------------------------------------
+
+
+def _loss(mu: float) -> float:
+    """mean_p (mu / rho_p) log(1 + exp(-z_p)); eps is 0 throughout."""
+    return sum(mu / rho * math.log1p(math.exp(-z)) for rho, z in zip(RHO, Z, strict=True)) / 2
+
+
+def _reward_gradient(mu: float) -> list[float]:
+    """dloss/dr_c = (mu / rho)(sigma(z) - 1) / 2; dloss/dr_r is its negative."""
+    return [mu / rho * (1 / (1 + math.exp(-z)) - 1) / 2 for rho, z in zip(RHO, Z, strict=True)]
+
+
+def _hidden_gradient(mu: float) -> list[float]:
+    """g_p v for the chosen rows, -g_p v for the rejected ones."""
+    g = _reward_gradient(mu)
+    return [sign * g_p * v for sign in (1, -1) for g_p in g for v in HEAD]
+
+
+def _head_gradient(mu: float) -> list[float]:
+    """sum_p g_p delta_p."""
+    g = _reward_gradient(mu)
+    deltas = [[c - r for c, r in zip(*rows, strict=True)] for rows in zip(CHOSEN, REJECTED, strict=True)]
+    return [sum(g_p * delta[j] for g_p, delta in zip(g, deltas, strict=True)) for j in range(2)]
+
+
+# --- every entry point -------------------------------------------------------------------------------------------
+
+
+def _check_pair_distance(device: torch.device) -> list[tuple[str, Tensor, list[float]]]:
+    hidden = torch.tensor(CHOSEN + REJECTED, device=device)
+    return [("pair_distance", pair_distance(hidden), RHO)]
+
+
+def _check_normbt_loss(device: torch.device) -> list[tuple[str, Tensor, list[float]]]:
+    return _reward_form(
+        "normbt_loss", lambda *inputs, margin: normbt_loss(*inputs, MU, margin=margin, eps=0), MU, device
+    )
+
+
+def _check_normbt_module(device: torch.device) -> list[tuple[str, Tensor, list[float]]]:
+    module = NormBTLoss(eps=0, process_group=None).to(device)
+    numbers = _reward_form("NormBTLoss", module, FIRST_MU, device)
+    return [*numbers, ("NormBTLoss.mu", module.mu, [FIRST_MU])]
+
+
+def _check_linear_normbt_loss(device: torch.device) -> list[tuple[str, Tensor, list[float]]]:
+    return _linear_form(
+        "linear_normbt_loss", lambda *inputs, margin: linear_normbt_loss(*inputs, MU, margin=margin, eps=0), MU, device
+    )
+
+
+def _check_linear_normbt_module(device: torch.device) -> list[tuple[str, Tensor, list[float]]]:
+    module = LinearNormBTLoss(eps=0, process_group=None).to(device)
+    numbers = _linear_form("LinearNormBTLoss", module, FIRST_MU, device)
+    return [*numbers, ("LinearNormBTLoss.mu", module.mu, [FIRST_MU])]
+
+
+def _reward_form(name: str, loss_of: Callable[..., Tensor], mu: float, device: torch.device):
+    chosen, rejected = (
+        torch.tensor(rewards, device=device, requires_grad=True) for rewards in (CHOSEN_REWARDS, REJECTED_REWARDS)
+    )
+    rows = torch.tensor(CHOSEN, device=device), torch.tensor(REJECTED, device=device)
+    loss = loss_of(chosen, rejected, *rows, margin=torch.tensor(MARGIN, device=device))
+    loss.backward()
+    g = _reward_gradient(mu)
+    return [
+        (name, loss, [_loss(mu)]),
+        (f"{name}, gradient of the chosen rewards", chosen.grad, g),
+        (f"{name}, gradient of the rejected rewards", rejected.grad, [-g_p for g_p in g]),
+    ]
+
+
+def _linear_form(name: str, loss_of: Callable[..., Tensor], mu: float, device: torch.device):
+    hidden = torch.tensor(CHOSEN + REJECTED, device=device, requires_grad=True)
+    head = torch.tensor(HEAD, device=device, requires_grad=True)
+    loss = loss_of(hidden, head, margin=torch.tensor(MARGIN, device=device))
+    loss.backward()
+    return [
+        (name, loss, [_loss(mu)]),
+        (f"{name}, gradient of the hidden rows", hidden.grad, _hidden_gradient(mu)),
+        (f"{name}, gradient of the head", head.grad, _head_gradient(mu)),
+    ]
+
+
+CHECKS = (
+    _check_pair_distance,
+    _check_normbt_loss,
+    _check_normbt_module,
+    _check_linear_normbt_loss,
+    _check_linear_normbt_module,
+)

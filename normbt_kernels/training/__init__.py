@@ -1,0 +1,1 @@
+"""`normbt train`: preference data and a model in, a reward model and a comparison of losses out."""

@@ -1,0 +1,87 @@
+"""What `normbt train` takes beside transformers.TrainingArguments. Imports nothing heavy, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+# The names `--loss` takes; `losses.py` says what each one is.
+LOSS_NAMES = ("bt", "normbt")
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line that says what and where; no traceback follows."""
+
+
+def _option(default: Any, help: str, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": help, "type": type(default), **kwargs})
+
+
+def _text(help: str, metavar: str) -> Any:
+    return _option(None, help, type=str, metavar=metavar)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `normbt train`, each one a command line flag of the same name."""
+
+    model: str | None = _text(
+        "sequence-classification checkpoint or causal LM: local folder or hub id. A causal LM gets a new scalar head, "
+        "and a tokenizer without a pad token of its own gets one.",
+        "PATH|ID",
+    )
+    dataset: str | None = _text(
+        "preference pairs: .json, .jsonl or .parquet file, or a hub id. Columns: chosen and rejected (text, or a list "
+        "of {role, content} messages), optional prompt (text or messages), margin (number), category (text; accuracy "
+        "is reported for each).",
+        "PATH|ID",
+    )
+    output_dir: str | None = _text(
+        "folder for models and results, which must not hold results already; required with --model", "DIR"
+    )
+    dataset_config: str | None = _text("configuration of a hub dataset that has several", "NAME")
+    dataset_split: str = _option("train", "split of a hub dataset to train on", metavar="NAME")
+    eval_dataset: str | None = _text(
+        "held-out pairs, as --dataset; without it, a random share of --dataset is held out", "PATH|ID"
+    )
+    eval_split: str = _option("test", "split of --eval-dataset, if that is a hub id", metavar="NAME")
+    eval_fraction: float = _option(0.05, "share of --dataset held out when there is no --eval-dataset", metavar="F")
+    loss: tuple[str, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "losses to train with, one model each, from the same initial weights and in the same data order "
+            "(default: normbt; without --model: bt normbt)",
+            "choices": LOSS_NAMES,
+            "nargs": "+",
+        },
+    )
+    beta: float = _option(0.9, "NormBT: decay of the running mean distance mu", metavar="F")
+    label_smoothing: float = _option(0.0, "all losses: probability that a label is wrong", metavar="F")
+    center_coef: float = _option(0.0, "all losses: weight of the mean of (chosen + rejected reward)^2", metavar="F")
+    max_length: int = _option(2048, "pairs with a sequence of more tokens are left out, and counted", metavar="N")
+    dtype: str = _option(
+        "float32",
+        "dtype of the weights; float32 with --bf16 is mixed precision",
+        choices=("float32", "bfloat16", "float16"),
+    )
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of `TrainOptions`."""
+    for option in fields(TrainOptions):
+        kwargs = dict(option.metadata)
+        if option.default is not None:
+            kwargs["help"] += " (default: %(default)s)"
+        parser.add_argument(_flag(option.name), default=option.default, **kwargs)
+
+
+def normalize_flags(command_line: Sequence[str]) -> list[str]:
+    """`--output_dir=x` as `--output-dir=x`: Trainer's options are known by both spellings, so ours are too."""
+    return [re.sub(r"^--[^=]+", lambda match: _flag(match[0][2:]), word) for word in command_line]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

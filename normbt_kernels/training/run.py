@@ -1,0 +1,172 @@
+"""The main job: the same model trained once per loss, judged on the same held-out pairs."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from normbt_kernels.integrations.transformers import NormBTTrainer
+from normbt_kernels.training import demo, report
+from normbt_kernels.training.arguments import TrainOptions, UserError
+from normbt_kernels.training.losses import LOSSES
+from normbt_kernels.training.models import load_model, load_tokenizer
+from normbt_kernels.training.preferences import Preference, load_preferences, tokenize
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every loss is trained and judged on. `make_model` draws new weights from torch's current seed."""
+
+    model_name: str
+    dataset_name: str
+    make_model: Callable[[], PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: Sequence[dict[str, Any]]
+    eval_rows: Sequence[dict[str, Any]]
+    losses: Sequence[str]
+
+
+def demo_job(options: TrainOptions, seed: int) -> Job:
+    """The embedded default. The held-out pairs are the same whatever the seed."""
+    torch.set_num_threads(1)  # more gain nothing on a model this small, and lose much where cores are shared
+    tokenizer = demo.demo_tokenizer()
+    train_pairs = demo.demo_pairs(demo.NUM_TRAIN_PAIRS, seed=f"training {seed}")
+    eval_pairs = demo.demo_pairs(demo.NUM_EVAL_PAIRS, seed="held-out")
+    return Job(
+        model_name="embedded tiny Llama",
+        dataset_name="embedded generated pairs",
+        make_model=lambda: demo.demo_model(tokenizer),
+        tokenizer=tokenizer,
+        train_rows=tokenize(train_pairs, tokenizer, options.max_length, "tokenizing"),
+        eval_rows=tokenize(eval_pairs, tokenizer, options.max_length, "tokenizing"),
+        losses=options.loss or ("bt", "normbt"),
+    )
+
+
+def user_job(options: TrainOptions, seed: int) -> Job:
+    """The user's checkpoint and pairs.
+
+    Raises:
+        UserError: what cannot be read, or leaves nothing to train or to judge on.
+    """
+    train_pairs = load_preferences(options.dataset, options.dataset_config, options.dataset_split)
+    if options.eval_dataset is not None:
+        eval_pairs = load_preferences(options.eval_dataset, options.dataset_config, options.eval_split)
+    else:
+        train_pairs, eval_pairs = _hold_out(train_pairs, options.eval_fraction, seed)
+    tokenizer = load_tokenizer(options.model)
+    max_length = min(options.max_length, tokenizer.model_max_length)
+
+    def rows(pairs: list[Preference], kind: str) -> list[dict[str, Any]]:
+        kept = tokenize(pairs, tokenizer, max_length, f"tokenizing {kind} pairs")
+        if not kept:
+            raise UserError(f"all {len(pairs)} {kind} pairs are longer than {max_length} tokens (--max-length)")
+        if len(kept) < len(pairs):
+            print(f"left out {len(pairs) - len(kept)} of {len(pairs)} {kind} pairs, longer than {max_length} tokens")
+        return kept
+
+    return Job(
+        model_name=options.model,
+        dataset_name=options.dataset,
+        make_model=lambda: load_model(options.model, tokenizer, options.dtype),
+        tokenizer=tokenizer,
+        train_rows=rows(train_pairs, "training"),
+        eval_rows=rows(eval_pairs, "held-out"),
+        losses=options.loss or ("normbt",),
+    )
+
+
+def _hold_out(pairs: list[Preference], fraction: float, seed: int) -> tuple[list[Preference], list[Preference]]:
+    num_eval = max(1, round(fraction * len(pairs)))
+    if num_eval >= len(pairs):
+        raise UserError(f"holding out {num_eval} of {len(pairs)} pairs leaves none to train on (--eval-fraction)")
+    shuffled = random.Random(seed).sample(pairs, len(pairs))
+    return shuffled[num_eval:], shuffled[:num_eval]
+
+
+def check_folders(args: TrainingArguments) -> None:
+    """Before anything is loaded: a run overwrites results only where it resumes what made them.
+
+    Raises:
+        UserError: `args.output_dir` already holds results, or there is no checkpoint folder to resume from.
+    """
+    resume = args.resume_from_checkpoint
+    if resume not in (None, "last") and not Path(resume).is_dir():
+        raise UserError(f"--resume-from-checkpoint {resume}: no such folder (or say: last)")
+    if resume is None and (Path(args.output_dir) / report.RESULTS_NAME).exists():
+        raise UserError(f"{args.output_dir} already holds {report.RESULTS_NAME}: choose another --output-dir")
+
+
+def run(job: Job, options: TrainOptions, args: TrainingArguments) -> None:
+    """Trains with each loss into `args.output_dir`/<loss>, then writes the comparison beside them."""
+    output_dir = Path(args.output_dir)
+    print(f"{len(job.train_rows)} training pairs, {len(job.eval_rows)} held-out pairs, on {args.device}", flush=True)
+    trained = {name: _train(name, job, options, args) for name in job.losses}
+    if args.process_index > 0:
+        return
+    results = report.compare(trained, job.eval_rows, job.model_name, job.dataset_name, args)
+    print(report.table(results))
+    for path in report.write(results, output_dir):
+        print(f"wrote {path}")
+    for name in job.losses:
+        print(
+            f"wrote {output_dir / name}: AutoModelForSequenceClassification.from_pretrained({str(output_dir / name)!r})"
+        )
+
+
+def _train(name: str, job: Job, options: TrainOptions, args: TrainingArguments) -> report.Trained:
+    args = copy.copy(args)
+    args.output_dir = str(Path(args.output_dir) / name)
+    set_seed(args.seed)  # the same initial weights for every loss; Trainer seeds the data order alike
+    trainer = NormBTTrainer(
+        job.make_model(),
+        args,
+        train_dataset=job.train_rows,
+        eval_dataset=job.eval_rows,
+        processing_class=job.tokenizer,
+        loss=LOSSES[name](options),
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossOnTheBar(name))
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_checkpoint(args))
+    seconds = time.perf_counter() - start
+    trainer.save_model()
+    prediction = trainer.predict(job.eval_rows)
+    return report.Trained(
+        *prediction.predictions, metrics=prediction.metrics, history=trainer.state.log_history, seconds=seconds
+    )
+
+
+def _checkpoint(args: TrainingArguments) -> str | None:
+    """`--resume-from-checkpoint last` is the last one in each loss's own folder; anything else is a path."""
+    if args.resume_from_checkpoint != "last":
+        return args.resume_from_checkpoint
+    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+
+
+class LossOnTheBar(ProgressCallback):
+    """Trainer's progress bar with the latest loss and accuracy on it, in place of a printed line for each log."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", accuracy=f"{logs['accuracy']:.3f}")

@@ -1,0 +1,396 @@
+"""NormBTTrainer: the real `Trainer` around the fused loss, against hand-written eager steps."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reference
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+from normbt_kernels import LinearNormBTLoss
+from normbt_kernels.integrations.head import find_head
+from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator, last_token
+from normbt_kernels.training.losses import LinearBTLoss
+
+VOCABULARY = 32
+EOS = 1
+
+
+@pytest.fixture
+def tokenizer():
+    from tokenizers import Tokenizer, models
+
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, VOCABULARY))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def make_model(**config):
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_labels=1,
+            bos_token_id=None,
+            eos_token_id=EOS,
+            **{"pad_token_id": 0, "initializer_range": 0.5} | config,
+        )
+    )
+
+
+def make_rows(num_pairs, seed=0, margin=False):
+    """Pairs of different lengths, each sequence ending in <eos>."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids():
+        length = int(torch.randint(3, 9, (), generator=generator))
+        return [*torch.randint(2, VOCABULARY, (length,), generator=generator).tolist(), EOS]
+
+    rows = [{"chosen_ids": ids(), "rejected_ids": ids()} for _ in range(num_pairs)]
+    return [row | {"margin": 0.1 * i} for i, row in enumerate(rows)] if margin else rows
+
+
+def make_trainer(model, tokenizer, output_dir, loss=None, eval_dataset=None, train_dataset=None, **arguments):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "dataloader_pin_memory": False,
+    }
+    args = TrainingArguments(str(output_dir), **defaults | arguments)
+    return NormBTTrainer(
+        model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, loss=loss
+    )
+
+
+def pooled_rows(model, batch):
+    """The hidden row at each sequence's last real token, found without the code under test."""
+    hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    positions = [int(mask.nonzero().max()) for mask in batch["attention_mask"]]
+    return hidden[torch.arange(len(positions)), positions]
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+# --- collator ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_collator_lays_out_all_chosen_then_all_rejected(tokenizer, side):
+    tokenizer.padding_side = side
+    rows = [{"chosen_ids": [5, 6, 7], "rejected_ids": [8]}, {"chosen_ids": [9, 10], "rejected_ids": [11, 12]}]
+    batch = PreferenceCollator(tokenizer)(rows)
+    padded = {
+        "right": [[5, 6, 7], [9, 10, 0], [8, 0, 0], [11, 12, 0]],
+        "left": [[5, 6, 7], [0, 9, 10], [0, 0, 8], [0, 11, 12]],
+    }[side]
+    assert batch["input_ids"].tolist() == padded
+    assert batch["attention_mask"].tolist() == [[int(token != 0) for token in row] for row in padded]
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
+def test_collator_masks_by_length_where_pad_is_eos(tokenizer):
+    tokenizer.pad_token = "<eos>"
+    batch = PreferenceCollator(tokenizer)([{"chosen_ids": [5, 6, EOS], "rejected_ids": [8, EOS]}])
+    assert batch["input_ids"].tolist() == [[5, 6, EOS], [8, EOS, EOS]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert last_token(batch["attention_mask"]).tolist() == [2, 1]
+
+
+def test_collator_keeps_margins_in_fp32_and_rounds_lengths_up(tokenizer):
+    batch = PreferenceCollator(tokenizer, pad_to_multiple_of=8)(make_rows(3, margin=True))
+    torch.testing.assert_close(batch["margin"], torch.tensor([0.0, 0.1, 0.2]))
+    assert batch["input_ids"].shape[1] % 8 == 0
+
+
+def test_collator_refuses_a_tokenizer_without_a_pad_token(tokenizer):
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="pad token"):
+        PreferenceCollator(tokenizer)
+
+
+# --- what is read --------------------------------------------------------------------------------------------------
+
+
+def test_head_is_the_last_linear_with_one_output(model):
+    model.model.layers[0].gate = nn.Linear(16, 1)
+    assert find_head(model) is model.score
+    with pytest.raises(ValueError, match="one output"):
+        find_head(nn.Sequential(nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rewards_do_not_depend_on_the_padding_side(model, tokenizer, tmp_path, side):
+    tokenizer.padding_side = side
+    rows = make_rows(6)
+    trainer = make_trainer(model, tokenizer, tmp_path)
+    chosen_rewards, rejected_rewards, distance = trainer.predict(rows).predictions
+    with torch.no_grad():  # one sequence at a time: no padding at all
+        alone = [[model.model(torch.tensor([row[name]])).last_hidden_state[0, -1] for row in rows]
+                 for name in ("chosen_ids", "rejected_ids")]  # fmt: skip
+        chosen, rejected = (torch.stack(hidden) for hidden in alone)
+        close = {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(torch.tensor(chosen_rewards), model.score(chosen)[:, 0], **close)
+        torch.testing.assert_close(torch.tensor(rejected_rewards), model.score(rejected)[:, 0], **close)
+        torch.testing.assert_close(torch.tensor(distance), (chosen - rejected).norm(dim=1), **close)
+
+
+def test_pad_equal_to_eos_still_reads_the_true_last_token(tokenizer, tmp_path):
+    tokenizer.pad_token = "<eos>"
+    model = make_model(pad_token_id=EOS)
+    rows = make_rows(4)
+    chosen_rewards, _, _ = make_trainer(model, tokenizer, tmp_path).predict(rows).predictions
+    with torch.no_grad():
+        expected = [
+            model.score(model.model(torch.tensor([row["chosen_ids"]])).last_hidden_state[0, -1]) for row in rows
+        ]
+    torch.testing.assert_close(torch.tensor(chosen_rewards), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_saved_checkpoint_gives_the_rewards_that_were_trained(model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    chosen_rewards, rejected_rewards, _ = trainer.predict(rows[:4]).predictions
+    batch = PreferenceCollator(tokenizer)(rows[:4])
+    logits = AutoModelForSequenceClassification.from_pretrained(tmp_path)(**batch).logits[:, 0]
+    torch.testing.assert_close(logits, torch.tensor([*chosen_rewards, *rejected_rewards]), rtol=1e-5, atol=1e-5)
+
+
+def test_encoders_are_read_where_their_head_reads(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=1, **config))
+    rows = make_rows(4)
+    chosen_rewards, rejected_rewards, _ = make_trainer(model, tokenizer, tmp_path).predict(rows).predictions
+    with torch.no_grad():
+        logits = model.eval()(**PreferenceCollator(tokenizer)(rows)).logits[:, 0]
+    torch.testing.assert_close(logits, torch.tensor([*chosen_rewards, *rejected_rewards]), rtol=1e-5, atol=1e-5)
+
+
+def test_rewards_of_a_bf16_model_keep_what_bf16_logits_round_away(tokenizer, tmp_path):
+    model = make_model().to(torch.bfloat16)
+    rows = make_rows(4)
+    chosen_rewards, _, _ = make_trainer(model, tokenizer, tmp_path).predict(rows).predictions
+    with torch.no_grad():
+        hidden = pooled_rows(model.eval(), PreferenceCollator(tokenizer)(rows))
+    exact = F.linear(hidden.double(), model.score.weight.double())[:4, 0].float()
+    torch.testing.assert_close(torch.tensor(chosen_rewards), exact, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(exact.bfloat16().float(), exact)
+
+
+# --- the loss in the trainer ---------------------------------------------------------------------------------------
+
+
+def test_bt_step_equals_a_hand_written_eager_step(model, tokenizer, tmp_path):
+    rows = make_rows(4)
+    eager = copy.deepcopy(model)
+    trainer = make_trainer(model, tokenizer, tmp_path, LinearBTLoss(), train_dataset=rows, max_steps=1)
+    trainer.train()
+
+    rewards = eager.score(pooled_rows(eager, PreferenceCollator(tokenizer)(rows)))[:, 0]
+    loss = -F.logsigmoid(rewards[:4] - rewards[4:]).mean()
+    optimizer = torch.optim.SGD(eager.parameters(), lr=0.1)
+    loss.backward()
+    optimizer.step()
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for (name, seen), expected in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("margin", [False, True])
+def test_normbt_gradients_equal_the_eager_reference(model, tokenizer, tmp_path, margin):
+    trainer = make_trainer(model, tokenizer, tmp_path)
+    ema = reference.DistanceEMA(beta=0.9)
+    for seed in range(3):  # the first batch is weighed by its own mean, the others by the EMA
+        batch = PreferenceCollator(tokenizer)(make_rows(4, seed, margin))
+        model.zero_grad()
+        model.train()
+        trainer.compute_loss(model, batch).backward()
+        seen = gradients(model)
+
+        model.zero_grad()
+        rows = pooled_rows(model, batch)
+        distance = reference.pair_distance(rows)
+        mu = ema.weight_mean(distance)
+        reference.linear_normbt_loss(rows, model.score.weight, mu, margin=batch.get("margin")).backward()
+        ema.update(distance)
+        for name, expected in gradients(model).items():
+            torch.testing.assert_close(seen[name], expected, rtol=1e-3, atol=1e-5, msg=f"{name}, batch {seed}")
+        torch.testing.assert_close(trainer.pair_loss.mu, ema.mu.detach())
+
+
+def test_accumulated_micro_batches_average(tokenizer, tmp_path):
+    rows = make_rows(4)
+    models = []
+    for size, steps in ((4, 1), (1, 4)):
+        model = make_model()
+        batching = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = make_trainer(model, tokenizer, tmp_path, LinearBTLoss(), None, rows, max_steps=1, **batching)
+        trainer.train()
+        models.append((model, trainer.state.log_history[-1]["train_loss"]))
+    (whole, whole_loss), (parts, parts_loss) = models
+    assert parts_loss == pytest.approx(whole_loss, rel=1e-5)
+    for (name, seen), expected in zip(parts.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_trainer_adds_no_host_synchronisation_to_those_of_model_and_loss(model, tokenizer, tmp_path):
+    trainer = make_trainer(model, tokenizer, tmp_path)
+    batch = PreferenceCollator(tokenizer)(make_rows(4))
+    model.train()
+    trainer.compute_loss(model, batch)  # whatever happens only once
+    with HostReads() as of_model:
+        model(**batch)
+    hidden, positions = trainer.head_input.take(), last_token(batch["attention_mask"])
+    with HostReads() as of_loss:  # on the CPU it looks at the positions
+        trainer.pair_loss(hidden, model.score.weight, last_token=positions, return_stats=True)
+    with HostReads() as of_trainer:
+        trainer.compute_loss(model, batch)
+    assert of_trainer.count == of_model.count + of_loss.count
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host, each of which would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+# --- logging, evaluation, checkpoints ------------------------------------------------------------------------------
+
+
+def test_logs_are_means_over_all_pairs_since_the_last_log(model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    trainer = make_trainer(
+        model, tokenizer, tmp_path, train_dataset=rows, max_steps=2, logging_steps=2, learning_rate=0.0
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    with torch.no_grad():
+        hidden = pooled_rows(model, PreferenceCollator(tokenizer)(rows))
+        rewards = model.score(hidden)[:, 0]
+    difference = rewards[:8] - rewards[8:]
+    distance = (hidden[:8] - hidden[8:]).norm(dim=1)
+    assert logged["mean_distance"] == pytest.approx(distance.mean().item(), rel=1e-4)
+    assert logged["margin"] == pytest.approx(difference.mean().item(), rel=1e-3, abs=1e-5)
+    assert logged["bt_loss"] == pytest.approx(-F.logsigmoid(difference).mean().item(), rel=1e-4)
+    assert logged["accuracy"] == pytest.approx((difference > 0).float().mean().item())
+    assert logged["mu"] == pytest.approx(trainer.pair_loss.mu.item())
+
+
+def test_evaluation_uses_mu_and_leaves_it(model, tokenizer, tmp_path):
+    rows = make_rows(10)
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows, eval_dataset=rows, max_steps=2)
+    trainer.train()
+    before = copy.deepcopy(trainer.pair_loss.state_dict())
+    metrics = trainer.evaluate()
+    assert trainer.pair_loss.state_dict() == before
+    with torch.no_grad():
+        hidden = pooled_rows(model.eval(), PreferenceCollator(tokenizer)(rows))
+        rewards = model.score(hidden)[:, 0]
+        # 10 pairs in batches of 4: Trainer weighs the last batch by its 2 pairs
+        expected = reference.linear_normbt_loss(hidden, model.score.weight, before["mu"])
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert metrics["eval_accuracy"] == pytest.approx((rewards[:10] > rewards[10:]).float().mean().item())
+
+
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
+def test_resumed_run_equals_the_uninterrupted_one_bitwise(tokenizer, tmp_path, gradient_accumulation_steps):
+    rows = make_rows(24)
+    arguments = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+    }
+    whole = make_trainer(make_model(), tokenizer, tmp_path, train_dataset=rows, **arguments)
+    whole.train()
+    resumed = make_trainer(make_model(), tokenizer, tmp_path, train_dataset=rows, **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert whole.pair_loss.num_updates.item() == 6 * gradient_accumulation_steps
+    for name, state in whole.pair_loss.state_dict().items():
+        assert torch.equal(resumed.pair_loss.state_dict()[name], state), name
+    for name, parameter in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], parameter), name
+
+
+def test_best_model_is_loaded_at_the_end(model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    trainer = make_trainer(
+        model,
+        tokenizer,
+        tmp_path,
+        train_dataset=rows,
+        eval_dataset=make_rows(8, seed=1),
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        learning_rate=1.0,
+    )
+    trainer.train()
+    best = AutoModelForSequenceClassification.from_pretrained(trainer.state.best_model_checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(best.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_checkpoint_without_the_state_of_the_loss_starts_mu_anew(tokenizer, tmp_path):
+    rows = make_rows(8)
+    arguments = {"train_dataset": rows, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(make_model(), tokenizer, tmp_path, LinearBTLoss(), max_steps=2, **arguments).train()
+    assert not (tmp_path / "checkpoint-2" / "normbt.pt").exists()
+    trainer = make_trainer(make_model(), tokenizer, tmp_path, LinearNormBTLoss(), max_steps=3, **arguments)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.pair_loss.num_updates.item() == 1
+
+
+def test_several_gpus_in_one_process_are_refused(model, tokenizer, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    assert args.n_gpu == 0
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="torchrun"):
+        NormBTTrainer(model, args, processing_class=tokenizer)
