@@ -1,4 +1,8 @@
-"""The launch shapes: pure functions of the sizes, so they are tested without a GPU."""
+"""The launch shapes: pure functions of the sizes, so they are tested without a GPU.
+
+A pass over pairs is bound by memory: what matters is that enough bytes are on their way at once, on every
+multiprocessor. Many pairs give that by themselves; few pairs are spread over as many programs as there are.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ TILE_ELEMENTS = 4096
 MAX_BLOCK_BYTES = 16384
 # Two programs for each multiprocessor overlap the loads of one with the reductions of the other.
 PROGRAMS_PER_MULTIPROCESSOR = 2
+# Elements of one tile of a gradient that is only written: 32 of them per thread at 8 warps.
+WRITTEN_TILE_ELEMENTS = 8192
 
 
 def next_power_of_2(n: int) -> int:
@@ -24,26 +30,34 @@ def cdiv(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """`num_programs` programs, each striding over blocks of `block_pairs` pairs, `block_hidden` columns at a time."""
+    """`num_programs` programs over tiles of `block_rows` rows (or pairs of rows) by `block_hidden` columns."""
 
     num_programs: int
-    block_pairs: int
+    block_rows: int
     block_hidden: int
     num_warps: int
 
     @classmethod
     def for_pairs(cls, num_pairs: int, hidden_size: int, element_size: int, multiprocessors: int) -> LaunchShape:
-        """The shape for `num_pairs` pairs of rows of `hidden_size` elements of `element_size` bytes."""
+        """For reading pairs of rows: persistent programs, each striding over tiles of `block_rows` pairs.
+
+        Args:
+            num_pairs, hidden_size: P >= 1 and H >= 1.
+            element_size: bytes of one element of a row.
+            multiprocessors: of the device.
+        """
         block_hidden = min(next_power_of_2(hidden_size), MAX_BLOCK_BYTES // element_size)
-        block_pairs = min(max(1, TILE_ELEMENTS // block_hidden), 16, next_power_of_2(num_pairs))
-        num_warps = min(max(block_pairs * block_hidden // 512, 1), 16)
-        num_programs = min(cdiv(num_pairs, block_pairs), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
-        return cls(num_programs, block_pairs, block_hidden, num_warps)
+        pairs_each = next_power_of_2(cdiv(num_pairs, multiprocessors))
+        block_rows = min(max(1, TILE_ELEMENTS // block_hidden), 16, pairs_each)
+        num_warps = min(max(block_rows * block_hidden // 512, 1), 16)
+        num_programs = min(cdiv(num_pairs, block_rows), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
+        return cls(num_programs, block_rows, block_hidden, num_warps)
 
     @classmethod
-    def for_rows(cls, num_rows: int, hidden_size: int) -> LaunchShape:
-        """The shape for writing `num_rows` rows of a rank-one gradient: one program per tile, no striding."""
+    def for_rows(cls, num_rows: int, hidden_size: int, multiprocessors: int) -> LaunchShape:
+        """For writing rows: one program per tile; `num_programs` counts the tiles along the rows."""
         block_hidden = min(next_power_of_2(hidden_size), 1024)
-        block_rows = min(max(1, 8192 // block_hidden), 16, next_power_of_2(num_rows))
+        rows_each = next_power_of_2(cdiv(num_rows * cdiv(hidden_size, block_hidden), multiprocessors))
+        block_rows = min(max(1, WRITTEN_TILE_ELEMENTS // block_hidden), 16, rows_each)
         num_warps = min(max(block_rows * block_hidden // 1024, 1), 8)
         return cls(cdiv(num_rows, block_rows), block_rows, block_hidden, num_warps)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import on_device, triton_dtype, uses_kernels
+from normbt_kernels.ops.backend import num_multiprocessors, on_device, triton_dtype, uses_kernels
 from normbt_kernels.ops.launch import LaunchShape, cdiv
 from normbt_kernels.ops.library import define_op
 from normbt_kernels.ops.pair_loss import sum_partials
@@ -187,14 +187,14 @@ def _launch_linear_gradient(
             gradient,
             Vector.of(loss_gradient),
             head_gradient,
-            BLOCK_P=shape.block_pairs,
+            BLOCK_P=shape.block_rows,
             BLOCK_H=shape.block_hidden,
             ACC=acc,
             num_warps=shape.num_warps,
         )
     needs_hidden, needs_weight, needs_bias = (tensor.numel() > 0 for tensor in result)
     num_positions = hidden_shape[0] * (hidden_shape[1] if last_token is not None else 1)
-    shape = LaunchShape.for_rows(num_positions if needs_hidden else 1, hidden_size)
+    shape = LaunchShape.for_rows(num_positions if needs_hidden else 1, hidden_size, num_multiprocessors(device))
     _write_gradient_kernel[(shape.num_programs, cdiv(hidden_size, shape.block_hidden))](
         result.hidden if needs_hidden else None,
         result.head_weight if needs_weight else None,
@@ -213,7 +213,7 @@ def _launch_linear_gradient(
         hidden_size,
         INTERLEAVED=interleaved,
         SCALE_HEAD=not upstream.per_pair,
-        BLOCK_N=shape.block_pairs,
+        BLOCK_N=shape.block_rows,
         BLOCK_P=128,
         BLOCK_H=shape.block_hidden,
         BLOCK_K=4,  # x 1024 columns: more partials at a time spill to local memory

@@ -34,7 +34,7 @@ def launch_measure_distance(rows: RowPairs, distance: Tensor, shape: LaunchShape
         PairArguments.of(rows),
         distance,
         distance_sum,
-        BLOCK_P=shape.block_pairs,
+        BLOCK_P=shape.block_rows,
         BLOCK_H=shape.block_hidden,
         ACC=triton_dtype(distance.dtype),
         num_warps=shape.num_warps,

@@ -8,7 +8,8 @@
 
 mu is known before the batch, so g is known as soon as a pair has been read, and the head's gradient
 sum_p (g delta + k (h_c + h_r)) is accumulated while the rows are still in registers: backward reads no rows.
-Where mu is this batch's own mean, the distances are measured first, by one more launch.
+Where mu is this batch's own mean, one more launch measures the distances first; without a cap and centering it
+multiplies the results afterwards instead, and the rows are read once.
 
 Bytes: reads 2*P*H*s once. A row longer than `LaunchShape.block_hidden` is read a second time for the head's
 gradient, from the L2 cache, where its own program has just left it.
@@ -343,6 +344,12 @@ def _launch_pair_loss(
         torch.empty(shape.num_programs, num_columns, device=device, dtype=dtype) if has_head_gradient else None
     )
     own_mean = mean.mu is None and mean.value is None
+    if own_mean and options.max_weight is None and options.center_coef == 0:
+        # Without a cap and centering, mu is a factor of everything: one read with mu = 1, and the mean at the end.
+        _launch_pair_loss(rows, scores, mean._replace(value=1.0), options, result)
+        scaled = [result.loss, result.pair_table[WEIGHT], result.pair_table[CHOSEN_GRADIENT:], result.head_gradient]
+        torch._foreach_mul_(scaled, result.batch_table[MEAN_DISTANCE])
+        return result
     distance_sum = torch.empty(shape.num_programs, device=device, dtype=dtype) if own_mean else None
     if own_mean:
         launch_measure_distance(rows, result.pair_table[DISTANCE], shape, distance_sum)
@@ -369,7 +376,7 @@ def _launch_pair_loss(
         # Rewards that are given need the rows for nothing but the distance, which is then known already.
         DISTANCE_KNOWN=own_mean and scores.head_weight is None,
         ONE_BLOCK=shape.block_hidden >= rows.hidden_size,
-        BLOCK_P=shape.block_pairs,
+        BLOCK_P=shape.block_rows,
         BLOCK_H=shape.block_hidden,
         num_warps=shape.num_warps,
         **constants,
