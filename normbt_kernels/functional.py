@@ -184,9 +184,10 @@ def loss_options(
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    if not math.isfinite(center_coef):
+    # Comparisons in place of math.isfinite, which torch.compile cannot trace for a number that varies.
+    if not abs(center_coef) < math.inf:
         raise ValueError(f"center_coef must be finite, got {center_coef}")
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and >= 0, got {eps}")
     if max_weight is not None:
         if not _is_number(max_weight):
@@ -211,7 +212,7 @@ def mean_of(mu: float | Tensor | None, hidden: Tensor) -> Mean:
         return Mean(mu.detach(), None, None, None)
     if not _is_number(mu):
         raise TypeError(f"mu must be a number, a 0-d tensor or None, got {type(mu).__name__}")
-    if not (mu >= 0 and math.isfinite(mu)):
+    if not 0 <= mu < math.inf:
         raise ValueError(f"mu must be finite and >= 0, got {mu}")
     return Mean(None, float(mu), None, None)
 

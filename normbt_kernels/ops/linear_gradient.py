@@ -91,12 +91,20 @@ def row_coefficient(
 
 
 @triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """`value` in the dtype of a gradient; to 16 bits through fp32, the only way that every Triton backend knows."""
+    if dtype.primitive_bitwidth < 32:
+        value = value.to(tl.float32)
+    return value.to(dtype)
+
+
+@triton.jit
 def write_head_gradient(
     out_ptr, index, head_gradient_ptr, num_partials, columns, mask, num_columns, scale,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     total = sum_partials(head_gradient_ptr, num_partials, columns, num_columns, BLOCK_K, BLOCK_H, ACC)
-    tl.store(out_ptr + index, (total * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + index, round_to(total * scale, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -129,7 +137,7 @@ def _write_gradient_kernel(
             tile = tl.where(served[:, None], coefficient[:, None] * head.to(ACC)[None, :], 0.0)
         out = hidden_gradient_ptr + position[:, None] * hidden_size + columns[None, :]
         mask = (row < num_rows)[:, None] & (columns < hidden_size)[None, :]
-        tl.store(out, tile.to(hidden_gradient_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, round_to(tile, hidden_gradient_ptr.dtype.element_ty), mask=mask)
     # 2. the head, by the programs of the first block of rows
     if head_gradient_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other on the device)
         if tl.program_id(0) == 0:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from normbt_kernels.ops.linear_gradient import linear_gradient
 from normbt_kernels.ops.pair_loss import CHOSEN_GRADIENT, LossOptions, Mean, RowPairs, Scores, pair_loss
@@ -19,6 +18,12 @@ def _run(rows: RowPairs, scores: Scores, mean: Mean, options: LossOptions, head_
     is_ema = mean.num_updates is not None
     mu, ema_mu = (None, mean.mu) if is_ema else (mean.mu, None)
     return pair_loss(*rows, *scores, mu, mean.value, ema_mu, mean.num_updates, mean.beta, *options, head_gradient)
+
+
+def _refuse_double_backward() -> None:
+    # Not `once_differentiable`: where the upstream gradient needs no gradient itself, it detaches without a word.
+    if torch.is_grad_enabled():
+        raise RuntimeError("the NormBT losses cannot be differentiated twice (backward ran with create_graph=True)")
 
 
 class RewardLoss(torch.autograd.Function):
@@ -35,8 +40,8 @@ class RewardLoss(torch.autograd.Function):
         return loss, pair_table, batch_table
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, loss_gradient, *_):
+        _refuse_double_backward()
         (pair_table,) = ctx.saved_tensors
         chosen_dtype, rejected_dtype = ctx.reward_dtypes
         # One product and, for 16-bit rewards, one cast: two launches for both sides.
@@ -71,8 +76,8 @@ class LinearLoss(torch.autograd.Function):
         return loss, pair_table, batch_table
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, loss_gradient, *_):
+        _refuse_double_backward()
         pair_table, head_gradient, head_weight, pairs, last_token, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         gradients = linear_gradient(

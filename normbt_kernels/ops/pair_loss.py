@@ -418,7 +418,8 @@ def _compute_pair_loss(
     else:
         table[CHOSEN_REWARD], table[REJECTED_REWARD] = scores.chosen_rewards, scores.rejected_rewards
         difference = table[CHOSEN_REWARD] - table[REJECTED_REWARD]
-    loss, bt_loss = torch.empty_like(table[:2])
+    loss, bt_loss, gradient = torch.empty_like(table[:3])
+    centering = torch.zeros_like(gradient)
 
     def score(block: slice, mu: Tensor | float) -> None:
         weight = mu / (table[DISTANCE, block] + options.eps)
@@ -428,26 +429,20 @@ def _compute_pair_loss(
         if scores.pair_weight is not None:
             weight = weight * scores.pair_weight[block]
         z = difference[block] if scores.margin is None else difference[block] - scores.margin[block]
-        bt_loss[block] = F.softplus(-z) + options.label_smoothing * z
+        bt_loss[block] = -F.logsigmoid(z)
+        if options.label_smoothing != 0:
+            bt_loss[block] += options.label_smoothing * z
         loss[block] = weight * bt_loss[block]
-        gradient = weight * (options.label_smoothing - torch.sigmoid(-z)) * scale
-        if options.center_coef == 0:
-            table[CHOSEN_GRADIENT, block] = gradient
-            table[REJECTED_GRADIENT, block] = -gradient
-        else:
+        gradient[block] = weight * (options.label_smoothing - torch.sigmoid(-z)) * scale
+        if options.center_coef != 0:
             reward_sum = table[CHOSEN_REWARD, block] + table[REJECTED_REWARD, block]
-            centering = 2 * options.center_coef * reward_sum * scale
             loss[block] += options.center_coef * reward_sum**2
-            table[CHOSEN_GRADIENT, block] = centering + gradient
-            table[REJECTED_GRADIENT, block] = centering - gradient
+            centering[block] = 2 * options.center_coef * reward_sum * scale
 
     def accumulate(block: slice, chosen: Tensor, rejected: Tensor, delta: Tensor) -> None:
-        chosen_gradient, rejected_gradient = table[CHOSEN_GRADIENT, block], table[REJECTED_GRADIENT, block]
-        if options.center_coef == 0:
-            weight_gradient.addmv_(delta.T, chosen_gradient)
-        else:
-            weight_gradient.addmv_(chosen.T, chosen_gradient).addmv_(rejected.T, rejected_gradient)
-            bias_gradient.add_((chosen_gradient + rejected_gradient).sum())
+        weight_gradient.addmv_(delta.T, gradient[block])
+        if options.center_coef != 0:
+            weight_gradient.addmv_((chosen + rejected).T, centering[block])
 
     mu = _mean_in_hand(mean, rows.chosen.device)
     result.head_gradient.zero_()
@@ -472,6 +467,9 @@ def _compute_pair_loss(
             chosen, rejected = rows.gather(block, dtype)
             accumulate(block, chosen, rejected, chosen - rejected)
 
+    torch.add(centering, gradient, out=table[CHOSEN_GRADIENT])
+    torch.sub(centering, gradient, out=table[REJECTED_GRADIENT])
+    bias_gradient.add_(2 * centering.sum())
     if options.reduction == "none":
         result.loss.copy_(loss)
     else:

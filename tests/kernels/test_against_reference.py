@@ -1,0 +1,211 @@
+"""Both forms against the reference in fp64, over sizes, strides, layouts, dtypes, options and upstream gradients."""
+
+import pytest
+import torch
+from cases import (
+    BACKEND,
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    STRIDES,
+    VECTOR_KINDS,
+    Case,
+    assert_as_reference,
+    assert_same_bits,
+    linear_case,
+    ours,
+    randn,
+    reward_case,
+    tolerance,
+)
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from normbt_kernels import pair_distance
+from reference import normbt as reference
+
+search = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=100 if BACKEND == "torch" else 30,  # an interpreted example takes some 80 ms, a closed-form one 10
+    phases=[Phase.generate],  # examples are small as they are, and shrinking would take minutes
+)
+
+# 0..20 pairs: none, fewer and more than a block of 16. 1..70 columns: below, at and beyond the blocks of 64 columns
+# in which the head's gradient is summed.
+SIZES = {"num_pairs": st.integers(0, 20), "hidden_size": st.integers(1, 70)}
+# Few values of each: they are compile-time constants of the kernels.
+OPTIONS = {
+    "mu": st.sampled_from([None, 1.3, "tensor"]),
+    "margin": st.sampled_from(VECTOR_KINDS),
+    "pair_weight": st.sampled_from(VECTOR_KINDS),
+    "label_smoothing": st.sampled_from([0.0, 0.1]),
+    "center_coef": st.sampled_from([0.0, 0.05]),
+    "eps": st.sampled_from([1e-6, 0.1]),
+    "max_weight": st.sampled_from([100.0, 0.4, None]),
+    "reduction": st.sampled_from(["mean", "sum", "none"]),
+    "stride": st.sampled_from(sorted(STRIDES)),
+}
+SEED = st.integers(0, 2**16)
+# What may come from above: a vector with reduction "none", else a scalar.
+UPSTREAM = {
+    "contiguous": lambda shape: randn(*shape),
+    "expanded": lambda shape: randn().expand(shape),
+    "strided": lambda shape: randn(*shape, 3)[..., 1],
+    "inside a larger tensor": lambda shape: randn(shape[0] + 3)[2:-1] if shape else randn(4)[3],
+}
+
+
+def upstream_of(kind: str, case: Case) -> torch.Tensor:
+    shape = (case.num_pairs,) if case.arguments["reduction"] == "none" else ()
+    return UPSTREAM[kind](shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@search
+@given(
+    seed=SEED,
+    upstream=st.sampled_from(sorted(UPSTREAM)),
+    parameters=st.fixed_dictionaries(
+        {
+            **SIZES,
+            **OPTIONS,
+            "layout": st.sampled_from(LAYOUTS),
+            "pooled": st.booleans(),
+            "bias": st.booleans(),
+            "row_head": st.booleans(),
+            "head_dtype": st.sampled_from([None, *DTYPES]),
+        }
+    ),
+)
+def test_linear_form_is_the_reference(dtype, seed, upstream, parameters):
+    torch.manual_seed(seed)
+    case = linear_case(dtype=dtype, **parameters)
+    assert_as_reference(case, upstream_of(upstream, case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@search
+@given(
+    seed=SEED,
+    upstream=st.sampled_from(sorted(UPSTREAM)),
+    parameters=st.fixed_dictionaries(
+        {**SIZES, **OPTIONS, "column": st.booleans(), "reward_dtype": st.sampled_from([None, *DTYPES])}
+    ),
+)
+def test_reward_form_is_the_reference(dtype, seed, upstream, parameters):
+    torch.manual_seed(seed)
+    case = reward_case(dtype=dtype, **parameters)
+    assert_as_reference(case, upstream_of(upstream, case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@search
+@given(
+    seed=SEED,
+    parameters=st.fixed_dictionaries(
+        {**SIZES, "layout": st.sampled_from(LAYOUTS), "pooled": st.booleans(), "stride": OPTIONS["stride"]}
+    ),
+)
+def test_pair_distance_is_the_reference(dtype, seed, parameters):
+    torch.manual_seed(seed)
+    case = linear_case(dtype=dtype, **parameters)
+    hidden, rows = case.inputs["hidden"].requires_grad_(), (case.arguments["pairs"], case.arguments["last_token"])
+    distance = pair_distance(hidden, *rows)
+    assert not distance.requires_grad
+    assert distance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(
+        distance.double(), reference.pair_distance(hidden.detach().double(), *rows), **tolerance(dtype)
+    )
+
+
+# (num_pairs, hidden_size, dtype): each crosses a boundary of `LaunchShape`; test_sizes_cross_blocks says which.
+SIZES_ACROSS_BLOCKS = [
+    (1, 1, torch.float32),  # the smallest of everything
+    (3, 2, torch.float32),
+    (5, 3, torch.bfloat16),
+    (2, 31, torch.float16),
+    (17, 33, torch.float32),  # more pairs than a block of 16, and not a multiple of it
+    (7, 127, torch.bfloat16),  # 127 + 1 columns of the head's gradient: exactly two blocks of 64
+    (97, 2, torch.float32),  # 7 blocks of 16 pairs on the interpreter's 6 programs: one program strides
+    (129, 1, torch.float32),  # with explicit pairs: more than the 128 that are searched at a time for a row's pairs
+    (5, 1000, torch.float32),  # 4 pairs to a block
+    (3, 1025, torch.bfloat16),  # two blocks of columns where the gradient of the rows is written
+    (2, 2049, torch.float64),  # a row longer than a block of fp64 ...
+    (7, 4097, torch.float32),  # ... of fp32, one pair to a block: 7 blocks on 6 programs, so the second pair of a
+    #                            program adds to sums that its first has already stored
+    (2, 8193, torch.bfloat16),  # ... of bf16
+]
+
+
+across_blocks = pytest.mark.parametrize(("num_pairs", "hidden_size", "dtype"), SIZES_ACROSS_BLOCKS, ids=str)
+
+
+@across_blocks
+@pytest.mark.parametrize("mu", [None, 1.5])
+def test_every_block_boundary_is_crossed(num_pairs, hidden_size, dtype, mu):
+    case = linear_case(num_pairs, hidden_size, dtype, layout="explicit", mu=mu, center_coef=0.05)
+    assert_as_reference(case)
+
+
+@across_blocks
+def test_every_block_boundary_is_crossed_without_reduction(num_pairs, hidden_size, dtype):
+    case = linear_case(num_pairs, hidden_size, dtype, pooled=True, center_coef=0.05, reduction="none")
+    assert_as_reference(case, randn(num_pairs))
+
+
+@across_blocks
+def test_every_block_boundary_is_crossed_in_the_reward_form(num_pairs, hidden_size, dtype):
+    assert_as_reference(reward_case(num_pairs, hidden_size, dtype, mu=None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_longest_rows(dtype):
+    # 32768 columns: 4 blocks of bf16, 8 of fp32.
+    assert_as_reference(linear_case(2, 32768, dtype))
+
+
+def test_sizes_cross_blocks():
+    """Keeps the sizes above honest when the launch shapes change."""
+    from normbt_kernels.ops.launch import LaunchShape
+
+    def shape(num_pairs, hidden_size, dtype):
+        return LaunchShape.for_pairs(num_pairs, hidden_size, dtype.itemsize, 3)
+
+    shapes = [(size, shape(*size)) for size in SIZES_ACROSS_BLOCKS]
+    longer_than_a_block = {dtype for (_, h, dtype), launch in shapes if h > launch.block_hidden}
+    assert longer_than_a_block == {torch.float64, torch.float32, torch.bfloat16}
+    striding = [launch.block_rows for (p, _, _), launch in shapes if p > launch.num_programs * launch.block_rows]
+    assert 1 in striding
+    assert max(striding) > 1
+    assert any(1 < launch.block_rows < p for (p, _, _), launch in shapes)
+    assert any(h > LaunchShape.for_rows(p, h, 3).block_hidden for p, h, _ in SIZES_ACROSS_BLOCKS)
+
+
+def test_sums_over_many_programs(monkeypatch):
+    # 33 blocks of 16 pairs on 34 programs: more than the 32 partial sums that are added at a time.
+    monkeypatch.setattr("normbt_kernels.ops.pairs.num_multiprocessors", lambda device: 17)
+    assert_as_reference(linear_case(33 * 16, 2, torch.float32))
+    assert_as_reference(linear_case(33 * 16, 2, torch.float32, reduction="none"), randn(33 * 16))
+
+
+# Each stride fits into 32 bits, and an index times it does not: the kernels must multiply in 64. Interleaved, so that
+# row 4 is row 2 of the chosen side, 2^30 elements apart.
+FAR = {"rows": (2**29, 1), "columns": (1, 2**29), "positions": (5, 2**29, 1)}
+
+
+@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_offsets_beyond_2_to_the_31_elements(strides, reduction):
+    # The 5 GiB between the few elements are never touched, so on the CPU they are never there.
+    shape = (6, *(5,) * (len(strides) - 1))
+    far = torch.empty(5 * 2**29 + 64, dtype=torch.float16, device=DEVICE).as_strided(shape, strides)
+    near = randn(*shape, dtype=torch.float16)
+    far.copy_(near)
+    case = linear_case(3, 5, torch.float16, layout="interleaved", reduction=reduction)
+    if len(shape) == 3:
+        case = case.having(last_token=torch.tensor([4, 0, 1, 4, 3, 4], dtype=torch.int32, device=DEVICE))
+    # Not against the reference: PyTorch's own matrix product crashes on such strides.
+    results = [ours(Case("linear", case.inputs | {"hidden": hidden}, case.arguments)) for hidden in (far, near)]
+    assert_same_bits(*results)
