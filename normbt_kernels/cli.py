@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normbt_kernels import __version__
-from normbt_kernels.training.arguments import TrainOptions, UserError, add_train_options, normalize_flags
+from normbt_kernels.training.arguments import (
+    TrainOptions,
+    UserError,
+    add_train_options,
+    check_train_options,
+    normalize_flags,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -101,6 +107,7 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
         _trainer_parser().print_help()
         return 0
     options = TrainOptions(**{option.name: getattr(arguments, option.name) for option in fields(TrainOptions)})
+    check_train_options(options)
     if (options.model is None) != (options.dataset is None):
         raise UserError("--model and --dataset go together; leave out both for the embedded default")
     is_demo = options.model is None

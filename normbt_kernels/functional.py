@@ -1,14 +1,15 @@
 """The functional face: what comes in is checked here, before anything is computed or changed.
 
-What is checked where: shapes, dtypes, devices and Python numbers always, on the host and without waiting
-for a device. The *values* of `pairs` and `last_token` are checked here where they lie on the CPU (outside
-`torch.compile`); on a GPU the kernels never follow a row or a token that is out of range, and its pair's
-distance and loss are NaN.
+What is checked where: shapes, dtypes, devices and Python numbers always, here, on the host and without waiting
+for a device. The *values* of `pairs` and `last_token` are checked by the operators, where they lie on the CPU
+(under `torch.compile` too); on a GPU the kernels never follow a row or a token that is out of range, and its
+pair's distance and loss are NaN.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from normbt_kernels.ops.pairs import split_pairs
 
 LAYOUTS = ("halves", "interleaved")
 REDUCTIONS = ("mean", "sum", "none")
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class NormBTStats(NamedTuple):
@@ -42,7 +44,9 @@ class NormBTStats(NamedTuple):
     weight: Tensor  # (P,) min(mu / (distance + eps), max_weight); without `pair_weight`
     mean_distance: Tensor  # ()
     bt_loss: Tensor  # () mean loss with all weights 1 and no centering: comparable across runs
-    accuracy: Tensor  # () share of pairs with chosen_rewards > rejected_rewards
+    accuracy: (
+        Tensor  # () share of pairs with d > 0; of a linear head d = v . (h_c - h_r), before the rewards are rounded
+    )
 
 
 def normbt_loss(
@@ -75,14 +79,16 @@ def normbt_loss(
         pair_weight: (P,) multiplies each pair's loss (q). A constant: receives no gradient.
         label_smoothing: s in [0, 1); l = -[(1-s) log sigma(z) + s log sigma(-z)].
         center_coef: weight of the centering term, which is never multiplied by w or q.
-        eps: added to the distance, >= 0.
+        eps: added to the distance, >= 0. On a GPU, a new value of this or of the other numbers below compiles the
+            kernel anew (a second or so, once for each value); mu may change freely.
         max_weight: cap on w, which identical pairs would otherwise take to mu / eps; None for no cap.
         reduction: "mean" over pairs, "sum" (no division), or "none" (the (P,) vector).
         return_stats: also return `NormBTStats`.
 
     Returns:
-        The loss, or (loss, stats); () or with reduction "none" (P,). fp32 for fp16, bf16 and fp32 inputs, fp64
-        if any input is fp64. No pairs: 0 (an empty vector with "none"), and gradients of 0.
+        The loss, or (loss, stats); () or with reduction "none" (P,). fp64 if the rewards or the hidden states are,
+        else fp32. No pairs: 0 (an empty vector with "none"), and gradients of 0. The stats are views of what
+        backward needs: copy them before changing them in place.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was seen.
@@ -127,9 +133,10 @@ def linear_normbt_loss(
             `normbt_loss`.
 
     Returns:
-        As `normbt_loss`. Gradients reach `hidden`, `weight` and `bias`, each in its own dtype, and nothing is
-        computed for those that do not require it. Reduction "none" with a trained head reads the rows once
-        more in backward, because each pair then has its own upstream gradient.
+        As `normbt_loss`; fp64 if `hidden`, `weight` or `bias` is. Gradients reach `hidden`, `weight` and `bias`, each
+        in its own dtype, and nothing is computed for those that do not require it (those of weight and bias are
+        made together, if either does). Reduction "none" with a trained head reads the rows once more in
+        backward, because each pair then has its own upstream gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was seen. `pairs` and
@@ -280,7 +287,6 @@ def check_rows(hidden: Tensor, pairs: str | Tensor, last_token: Tensor | None) -
         if pairs.dim() != 2 or pairs.shape[1] != 2:
             raise ValueError(f"pairs must be (P, 2) of (chosen, rejected) rows, got {tuple(pairs.shape)}")
         _check_device("pairs", pairs, hidden.device)
-        _check_range("pairs", pairs, num_rows, f"rows of hidden {tuple(hidden.shape)}")
         return pairs.shape[0]
     if not isinstance(pairs, str):
         raise TypeError(f"pairs must be one of {LAYOUTS} or an int64 tensor (P, 2), got {type(pairs).__name__}")
@@ -292,13 +298,13 @@ def check_rows(hidden: Tensor, pairs: str | Tensor, last_token: Tensor | None) -
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+    return isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
@@ -326,16 +332,6 @@ def _check_last_token(last_token: Tensor, hidden: Tensor) -> None:
             f"got {tuple(last_token.shape)}"
         )
     _check_device("last_token", last_token, hidden.device)
-    _check_range("last_token", last_token, hidden.shape[1], f"positions of hidden {tuple(hidden.shape)}")
-
-
-def _check_range(name: str, index: Tensor, size: int, what: str) -> None:
-    """Values are looked at only where that waits for nothing."""
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
-        return
-    lowest, highest = (int(value) for value in index.aminmax())
-    if lowest < 0 or highest >= size:
-        raise ValueError(f"{name} must be in [0, {size}), the {what}; got values from {lowest} to {highest}")
 
 
 def _rewards(name: str, rewards: Tensor, num_pairs: int, device: torch.device) -> Tensor:
@@ -352,8 +348,10 @@ def _constant(name: str, value: Tensor | None, num_pairs: int, device: torch.dev
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.is_complex():
-        raise TypeError(f"{name} must be real, got {value.dtype}")
+    if value.is_complex() or (value.is_floating_point() and value.dtype not in FLOATING):
+        raise TypeError(
+            f"{name} must be real, got {value.dtype} (known: bool, integers, float16, bfloat16, float32, float64)"
+        )
     if value.shape not in ((num_pairs,), (num_pairs, 1)):
         raise ValueError(f"{name} must be (P,) or (P, 1) with P = {num_pairs} pairs, got {tuple(value.shape)}")
     _check_device(name, value, device)

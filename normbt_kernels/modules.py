@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -35,6 +36,11 @@ class DistanceEMA(nn.Module):
     device, when mu is next needed, so it overlaps backward; `synchronize()` completes it earlier. In training mode
     every rank must call forward equally often; in eval mode nothing is exchanged.
 
+    A first batch that is not finite, on GPUs: until there is a mu, each rank weighs by its own pairs' mean (the mean
+    that becomes mu is shared all the same). `torch.compile` traces the module with fullgraph=True where ranks share
+    nothing; the collective breaks the graph. Activation checkpointing around the module would update mu twice: put
+    the loss outside.
+
     Buffers, both in the `state_dict`: `mu` (fp32, 0-d, 0 until there is one) and `num_updates` (int64, 0-d).
     """
 
@@ -52,10 +58,16 @@ class DistanceEMA(nn.Module):
         process_group: dist.ProcessGroup | str | None = "default",
     ):
         super().__init__()
+        if not isinstance(beta, (int, float)) or isinstance(beta, bool):
+            raise TypeError(f"beta must be a number, got {type(beta).__name__}")
         if not 0 <= beta < 1:
             raise ValueError(f"beta must be in [0, 1), got {beta}")
-        if isinstance(process_group, str) and process_group != "default":
-            raise ValueError(f'process_group must be "default", a ProcessGroup or None (local), got {process_group!r}')
+        is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+        if not (process_group is None or process_group == "default" or is_group):
+            raise ValueError(
+                'process_group must be "default", a ProcessGroup that this rank is in, or None (local), '
+                f"got {process_group!r}"
+            )
         self.beta = float(beta)
         self.options = loss_options(label_smoothing, center_coef, eps, max_weight, reduction)
         self.process_group = process_group
@@ -103,8 +115,7 @@ class DistanceEMA(nn.Module):
         return Mean(self.mu, None, self.num_updates, beta)
 
     def _may_be_new(self) -> bool:
-        # On a GPU the host does not ask whether the first batch gave a mu. Where it was not finite, the next one is
-        # weighed by each rank's own mean (the kernel sees num_updates == 0); the EMA itself is still shared.
+        # On a GPU the host does not ask whether the first batch gave a mu.
         return self.num_updates.item() == 0 if self.num_updates.device.type == "cpu" else self._first_call
 
     def _group(self) -> dist.ProcessGroup | None:
@@ -122,7 +133,7 @@ class DistanceEMA(nn.Module):
         self.synchronize()
         mu = self.mu
         super()._apply(fn, recurse)
-        self.mu = mu.to(self.mu.device)
+        self.mu = (self.mu if mu.is_meta else mu).to(self.mu.device, torch.float32)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -133,6 +144,13 @@ class DistanceEMA(nn.Module):
         self.synchronize()
         self._first_call = True
         super()._load_from_state_dict(*args, **kwargs)
+        self.mu = self.mu.float()  # assign=True takes the dtype of the checkpoint
+
+    def __deepcopy__(self, memo):
+        memo[id(self.process_group)] = self.process_group  # a group is shared, and cannot be copied
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__getstate__(), memo)
+        return twin
 
     def __getstate__(self):
         self.synchronize()

@@ -273,14 +273,35 @@ def test_trainer_adds_no_host_synchronisation_to_those_of_model_and_loss(model, 
     batch = PreferenceCollator(tokenizer)(make_rows(4))
     model.train()
     trainer.compute_loss(model, batch)  # whatever happens only once
+    trainer.head_input.expect()
     with HostReads() as of_model:
         model(**batch)
     hidden, positions = trainer.head_input.take(), last_token(batch["attention_mask"])
-    with HostReads() as of_loss:  # on the CPU it looks at the positions
+    with HostReads() as of_loss:
         trainer.pair_loss(hidden, model.score.weight, last_token=positions, return_stats=True)
     with HostReads() as of_trainer:
         trainer.compute_loss(model, batch)
     assert of_trainer.count == of_model.count + of_loss.count
+
+
+def test_forward_passes_of_others_leave_nothing_behind(model, tokenizer, tmp_path):
+    trainer = make_trainer(model, tokenizer, tmp_path)
+    batch = PreferenceCollator(tokenizer)(make_rows(2))
+    trainer.compute_loss(model, batch)
+    model(**batch)
+    copy.deepcopy(model)  # would refuse to copy activations that a hook has kept
+    model.score(input=torch.zeros(1, model.config.hidden_size))
+
+
+def test_frozen_head_is_warned_about(model, tokenizer, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("normbt_kernels.integrations.transformers.logger.warning", warnings.append)
+    make_trainer(model, tokenizer, tmp_path)
+    assert not warnings
+    model.score.weight.requires_grad_(False)
+    make_trainer(model, tokenizer, tmp_path)
+    assert "frozen" in warnings[0]
+    assert "modules_to_save=['score']" in warnings[0]
 
 
 class HostReads(TorchDispatchMode):

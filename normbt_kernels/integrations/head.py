@@ -23,20 +23,26 @@ def find_head(model: nn.Module) -> nn.Linear:
 
 
 class HeadInput:
-    """Keeps what `head` reads in a forward pass until `take` asks for it.
+    """Keeps what `head` reads in the forward pass between `expect` and `take`, and in no other.
 
     The hook is registered once: torch.compile traces hooks when it first compiles and never looks for new ones.
     """
 
     def __init__(self, head: nn.Linear):
         self._input: Tensor | None = None
-        head.register_forward_pre_hook(self._keep)
+        self._expected = False
+        head.register_forward_pre_hook(self._keep, with_kwargs=True)
 
-    def _keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._input = args[0]
+    def _keep(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        if self._expected:
+            self._input = args[0] if args else kwargs["input"]
+
+    def expect(self) -> None:
+        """The next forward pass is the one to keep."""
+        self._expected = True
 
     def take(self) -> Tensor:
-        """The input of the latest forward pass, once: `(N, S, H)` for decoders, `(N, H)` where the head sees
-        pooled rows. Nothing is kept afterwards, so activations live no longer than their step."""
-        hidden, self._input = self._input, None
+        """The input of that forward pass, once: `(N, S, H)` for decoders, `(N, H)` where the head sees pooled
+        rows. Nothing is kept afterwards, so activations live no longer than their step."""
+        hidden, self._input, self._expected = self._input, None, False
         return hidden

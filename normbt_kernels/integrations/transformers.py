@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from normbt_kernels import LinearNormBTLoss
 from normbt_kernels.integrations.head import HeadInput, find_head
+from normbt_kernels.modules import DistanceEMA
 
 logger = logging.get_logger(__name__)
 
@@ -84,7 +85,8 @@ def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 class NormBTTrainer(Trainer):
     """`Trainer` for reward models, with NormBT as its loss.
 
-    Takes any model whose final layer is an `nn.Linear` with one output, and rows as `PreferenceCollator` takes them.
+    Takes any model whose final layer is an `nn.Linear` with one output, and rows as `PreferenceCollator` takes them, on
+    one device or under DDP. The head's weight is read beside the model's forward: not for sharded heads (FSDP, ZeRO-3).
     The rewards of decoders are read at the last real token of the attention mask. Logs `mu`, `mean_distance`,
     `bt_loss` (unweighted, comparable between losses), `accuracy` and `margin` with the loss; evaluation adds
     `eval_loss`, `eval_accuracy` and `eval_margin`. The state of the loss is saved in every checkpoint that holds
@@ -101,7 +103,8 @@ class NormBTTrainer(Trainer):
         ValueError: the model has no scalar head, or the process would drive several GPUs by `nn.DataParallel`.
     """
 
-    # The loss is a mean over the pairs of a micro-batch: Trainer divides it by the accumulation steps.
+    # The loss is a mean over the pairs of a micro-batch: Trainer divides it by the accumulation steps (5.17 does so
+    # because the batches have no labels to count).
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -135,10 +138,19 @@ class NormBTTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process: start one process per GPU (torchrun or accelerate launch), "
                 "or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
             )
+        if not head.weight.requires_grad:
+            logger.warning(
+                "the scalar head is frozen and will not be trained; with peft, pass task_type='SEQ_CLS' or "
+                f"modules_to_save=[{self._head_name(model, head)!r}] in LoraConfig"
+            )
         self.head = head
         self.head_input = HeadInput(head)
         self.pair_loss = (LinearNormBTLoss() if loss is None else loss).to(self.args.device)
         self._train_sums = TrainSums(self.args.device)
+
+    @staticmethod
+    def _head_name(model: nn.Module, head: nn.Linear) -> str:
+        return next(name for name, module in model.named_modules() if module is head).rpartition(".")[2]
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["chosen_ids", "rejected_ids", "margin"]
@@ -158,9 +170,10 @@ class NormBTTrainer(Trainer):
 
     def _loss_outputs_stats(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any, Any]:
         model_inputs = {name: value for name, value in inputs.items() if name != "margin"}
+        self.head_input.expect()
         outputs = model(**model_inputs)
         hidden = self.head_input.take()
-        self.pair_loss.train(model.training)  # evaluation neither moves mu nor uses the batch's own
+        self.pair_loss.train(model.training)  # evaluation does not move mu
         loss, stats = self.pair_loss(
             hidden,
             self.head.weight,
@@ -190,6 +203,8 @@ class NormBTTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training step, not an evaluation
+            if isinstance(self.pair_loss, DistanceEMA):
+                self.pair_loss.synchronize()  # so that the mu that is logged includes the last batch
             logs |= self._train_sums.drain(self.accelerator.reduce, getattr(self.pair_loss, "mu", None))
         super().log(logs, start_time)
 

@@ -9,6 +9,9 @@ are summed in their order, without atomics, so the same inputs give the same bit
 With reduction "none" each pair has its own upstream gradient, which the forward pass cannot know: then, and
 only then, the rows are read again for grad v.
 
+Explicit pairs are found by each tile of rows looking through all of them, and skipping the blocks of pairs that
+name none of its rows: cheap where the pairs of a prompt stand together, P comparisons per row where they do not.
+
 Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one (reduction "none" with a trained head: two).
 """
 

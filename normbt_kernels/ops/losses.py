@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from normbt_kernels.ops.linear_gradient import linear_gradient
-from normbt_kernels.ops.pair_loss import CHOSEN_GRADIENT, LossOptions, Mean, RowPairs, Scores, pair_loss
-from normbt_kernels.ops.pairs import split_pairs
+from normbt_kernels.ops.pair_loss import CHOSEN_GRADIENT, LossOptions, Mean, Scores, pair_loss
+from normbt_kernels.ops.pairs import RowPairs, split_pairs
 
 
 def _run(rows: RowPairs, scores: Scores, mean: Mean, options: LossOptions, head_gradient: bool):

@@ -55,6 +55,7 @@ def pair_distance(
     chosen: Tensor, rejected: Tensor, pairs: Tensor | None, chosen_token: Tensor | None, rejected_token: Tensor | None
 ) -> Tensor:
     rows = RowPairs(chosen, rejected, pairs, chosen_token, rejected_token)
+    rows.check_range()
     distance = chosen.new_empty(rows.num_pairs, dtype=accumulate_dtype(chosen, rejected))
     if rows.num_pairs == 0:
         return distance

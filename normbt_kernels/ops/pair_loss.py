@@ -11,8 +11,9 @@ sum_p (g delta + k (h_c + h_r)) is accumulated while the rows are still in regis
 Where mu is this batch's own mean, one more launch measures the distances first; without a cap and centering it
 multiplies the results afterwards instead, and the rows are read once.
 
-Bytes: reads 2*P*H*s once. A row longer than `LaunchShape.block_hidden` is read a second time for the head's
-gradient, from the L2 cache, where its own program has just left it.
+Bytes: reads 2*P*H*s once. A row longer than `LaunchShape.block_hidden` is loaded a second time for the head's
+gradient, soon enough to be still in the L2 cache. While an EMA has no value yet (the first batch), every program
+reads all rows for itself, because the host does not know that it must measure them first.
 Launches: rows, then a reduction of the programs' partial sums in a fixed order, so the same inputs give the
 same bits. The reduction also updates the EMA.
 """
@@ -334,6 +335,13 @@ def _finalise_kernel(
 def _launch_pair_loss(
     rows: RowPairs, scores: Scores, mean: Mean, options: LossOptions, result: PairLossResult
 ) -> PairLossResult:
+    own_mean = mean.mu is None and mean.value is None
+    if own_mean and options.max_weight is None and options.center_coef == 0:
+        # Without a cap and centering, mu is a factor of everything: one read with mu = 1, and the mean at the end.
+        _launch_pair_loss(rows, scores, mean._replace(value=1.0), options, result)
+        scaled = [result.loss, result.pair_table[WEIGHT], result.pair_table[CHOSEN_GRADIENT:], result.head_gradient]
+        torch._foreach_mul_(scaled, result.batch_table[MEAN_DISTANCE])
+        return result
     shape = rows.launch_shape()
     device, dtype = rows.chosen.device, result.pair_table.dtype
     per_pair = options.reduction == "none"
@@ -343,13 +351,6 @@ def _launch_pair_loss(
     head_partial = (
         torch.empty(shape.num_programs, num_columns, device=device, dtype=dtype) if has_head_gradient else None
     )
-    own_mean = mean.mu is None and mean.value is None
-    if own_mean and options.max_weight is None and options.center_coef == 0:
-        # Without a cap and centering, mu is a factor of everything: one read with mu = 1, and the mean at the end.
-        _launch_pair_loss(rows, scores, mean._replace(value=1.0), options, result)
-        scaled = [result.loss, result.pair_table[WEIGHT], result.pair_table[CHOSEN_GRADIENT:], result.head_gradient]
-        torch._foreach_mul_(scaled, result.batch_table[MEAN_DISTANCE])
-        return result
     distance_sum = torch.empty(shape.num_programs, device=device, dtype=dtype) if own_mean else None
     if own_mean:
         launch_measure_distance(rows, result.pair_table[DISTANCE], shape, distance_sum)
@@ -519,8 +520,9 @@ def _pair_loss_fake(
     fake=_pair_loss_fake,
 )
 def pair_loss(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    result = PairLossResult(*_pair_loss_fake(*arguments))
     rows, scores = RowPairs(*arguments[:5]), Scores(*arguments[5:11])
+    rows.check_range()
+    result = PairLossResult(*_pair_loss_fake(*arguments))
     mu, mu_value, ema_mu, ema_num_updates, beta = arguments[11:16]
     mean = Mean(ema_mu if mu is None else mu, mu_value, ema_num_updates, beta)
     options = LossOptions(*arguments[16:21])

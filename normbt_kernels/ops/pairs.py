@@ -40,6 +40,15 @@ class RowPairs(NamedTuple):
     def hidden_size(self) -> int:
         return self.chosen.shape[-1]
 
+    def check_range(self) -> None:
+        """Raises ValueError for a row or a token that does not exist, where looking at the values waits for nothing."""
+        if self.chosen.device.type != "cpu":
+            return
+        _check_range("pairs", self.pairs, self.chosen.shape[0], f"rows of hidden {tuple(self.chosen.shape)}")
+        for hidden, token in ((self.chosen, self.chosen_token), (self.rejected, self.rejected_token)):
+            if token is not None:
+                _check_range("last_token", token, hidden.shape[1], f"positions of hidden {tuple(hidden.shape)}")
+
     def launch_shape(self) -> LaunchShape:
         return LaunchShape.for_pairs(
             self.num_pairs, self.hidden_size, self.chosen.element_size(), num_multiprocessors(self.chosen.device)
@@ -61,6 +70,14 @@ class RowPairs(NamedTuple):
             _gather(self.chosen, chosen_row, self.chosen_token).to(dtype),
             _gather(self.rejected, rejected_row, self.rejected_token).to(dtype),
         )
+
+
+def _check_range(name: str, index: Tensor | None, size: int, what: str) -> None:
+    if index is None or index.numel() == 0:
+        return
+    lowest, highest = (int(value) for value in index.aminmax())
+    if lowest < 0 or highest >= size:
+        raise ValueError(f"{name} must be in [0, {size}), the {what}; got values from {lowest} to {highest}")
 
 
 def _gather(hidden: Tensor, row: slice | Tensor, token: Tensor | None) -> Tensor:

@@ -69,6 +69,19 @@ class TrainOptions:
     )
 
 
+def check_train_options(options: TrainOptions) -> None:
+    """Raises UserError for a number that makes no sense, before anything is loaded or trained."""
+    for name, value, fits, expected in (
+        ("beta", options.beta, 0 <= options.beta < 1, "in [0, 1)"),
+        ("label_smoothing", options.label_smoothing, 0 <= options.label_smoothing < 1, "in [0, 1)"),
+        ("center_coef", options.center_coef, 0 <= options.center_coef < float("inf"), "finite and >= 0"),
+        ("eval_fraction", options.eval_fraction, 0 < options.eval_fraction < 1, "between 0 and 1"),
+        ("max_length", options.max_length, options.max_length >= 1, "at least 1"),
+    ):
+        if not fits:
+            raise UserError(f"{_flag(name)} must be {expected}, got {value}")
+
+
 def add_train_options(parser: argparse.ArgumentParser) -> None:
     """One flag per field of `TrainOptions`."""
     for option in fields(TrainOptions):

@@ -46,8 +46,8 @@ def demo_job(options: TrainOptions, seed: int) -> Job:
         dataset_name="embedded generated pairs",
         make_model=lambda: demo.demo_model(tokenizer),
         tokenizer=tokenizer,
-        train_rows=tokenize(train_pairs, tokenizer, options.max_length, "tokenizing"),
-        eval_rows=tokenize(eval_pairs, tokenizer, options.max_length, "tokenizing"),
+        train_rows=_rows(train_pairs, "training", tokenizer, options.max_length),
+        eval_rows=_rows(eval_pairs, "held-out", tokenizer, options.max_length),
         losses=options.loss or ("bt", "normbt"),
     )
 
@@ -65,24 +65,26 @@ def user_job(options: TrainOptions, seed: int) -> Job:
         train_pairs, eval_pairs = _hold_out(train_pairs, options.eval_fraction, seed)
     tokenizer = load_tokenizer(options.model)
     max_length = min(options.max_length, tokenizer.model_max_length)
-
-    def rows(pairs: list[Preference], kind: str) -> list[dict[str, Any]]:
-        kept = tokenize(pairs, tokenizer, max_length, f"tokenizing {kind} pairs")
-        if not kept:
-            raise UserError(f"all {len(pairs)} {kind} pairs are longer than {max_length} tokens (--max-length)")
-        if len(kept) < len(pairs):
-            print(f"left out {len(pairs) - len(kept)} of {len(pairs)} {kind} pairs, longer than {max_length} tokens")
-        return kept
-
     return Job(
         model_name=options.model,
         dataset_name=options.dataset,
         make_model=lambda: load_model(options.model, tokenizer, options.dtype),
         tokenizer=tokenizer,
-        train_rows=rows(train_pairs, "training"),
-        eval_rows=rows(eval_pairs, "held-out"),
+        train_rows=_rows(train_pairs, "training", tokenizer, max_length),
+        eval_rows=_rows(eval_pairs, "held-out", tokenizer, max_length),
         losses=options.loss or ("normbt",),
     )
+
+
+def _rows(
+    pairs: list[Preference], kind: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, Any]]:
+    rows = tokenize(pairs, tokenizer, max_length, f"tokenizing {kind} pairs")
+    if not rows:
+        raise UserError(f"all {len(pairs)} {kind} pairs are longer than {max_length} tokens (--max-length)")
+    if len(rows) < len(pairs):
+        print(f"left out {len(pairs) - len(rows)} of {len(pairs)} {kind} pairs, longer than {max_length} tokens")
+    return rows
 
 
 def _hold_out(pairs: list[Preference], fraction: float, seed: int) -> tuple[list[Preference], list[Preference]]:

@@ -109,6 +109,20 @@ def test_mu_keeps_fp32_when_the_model_that_holds_it_is_cast():
     assert torch.equal(model["loss"].mu, mu)
 
 
+def test_module_made_on_the_meta_device_can_be_materialised():
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict({"loss": NormBTLoss()})
+    model.to_empty(device="cpu").load_state_dict({"loss.mu": torch.tensor(2.0), "loss.num_updates": torch.tensor(1)})
+    assert run(model["loss"].eval(), rows_at_distance([1.0])).weight == pytest.approx(2.0, rel=1e-5)
+
+
+def test_mu_of_a_16_bit_checkpoint_is_loaded_as_fp32():
+    loss_fn = NormBTLoss()
+    state = {"mu": torch.tensor(2.0, dtype=torch.bfloat16), "num_updates": torch.tensor(1)}
+    loss_fn.load_state_dict(state, assign=True)
+    assert loss_fn.mu.dtype == torch.float32
+
+
 def test_copy_and_pickle_keep_the_state():
     loss_fn = NormBTLoss(beta=0.5, max_weight=7.0)
     run(loss_fn, rows_at_distance([2.0]))
@@ -149,7 +163,7 @@ def loss_sum_and_gradient(loss_fn, rows, weight):
 def rank_main(rank, port, folder, batches):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    loss_fn = LinearNormBTLoss(reduction="sum")
+    loss_fn = copy.deepcopy(LinearNormBTLoss(reduction="sum", process_group=dist.group.WORLD))
     local = LinearNormBTLoss(reduction="sum", process_group=None)
     trace = []
     for ranks in batches:
@@ -157,6 +171,9 @@ def rank_main(rank, port, folder, batches):
         run(local, ranks[rank].reshape(-1, 7))
         trace.append((loss, gradient, loss_fn.state_dict()["mu"].clone(), local.mu.clone()))
     torch.save(trace, f"{folder}/{rank}.pt")
+    group_of_the_other = dist.new_group([1 - rank], use_local_synchronization=True)
+    with pytest.raises(ValueError, match="a ProcessGroup that this rank is in"):
+        LinearNormBTLoss(process_group=group_of_the_other)
     dist.destroy_process_group()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import BACKEND, CASES, DEVICE, LAYOUTS, OURS, Case, assert_same_bits, linear_case, ours, randn
 
-from normbt_kernels import LinearNormBTLoss, NormBTLoss
+from normbt_kernels import LinearNormBTLoss, NormBTLoss, pair_distance
 from normbt_kernels.ops.pairs import split_pairs
 
 # --- opcheck -----------------------------------------------------------------------------------------------------
@@ -177,3 +177,16 @@ def test_compiled_module_keeps_the_same_mean(form, backend, compiled):
         assert_same_bits(traced, eager)
         assert_same_bits(*(dict(module.state_dict()) for module in modules))
     assert modules[1].num_updates == 3
+
+
+@compiles
+@pytest.mark.parametrize("bad", [{"pairs": [[0, -1]]}, {"pairs": [[0, 8]]}, {"last_token": [-1] * 8}], ids=str)
+def test_compiled_code_refuses_rows_that_do_not_exist(bad):
+    """As eager code does: compiled indexing would wrap -1 around to the last row."""
+    if torch.device(DEVICE).type != "cpu":
+        pytest.skip("on a GPU such a pair is NaN")
+    arguments = {name: torch.tensor(value) for name, value in bad.items()}
+    hidden = randn(8, 3, 4) if "last_token" in bad else randn(8, 4)
+    compiled = torch.compile(pair_distance, backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        compiled(hidden, **arguments)
