@@ -24,9 +24,9 @@ def test_pairs_are_covered_by_tiles_that_fit_the_registers(num_pairs, hidden_siz
 
 
 @given(sizes, hidden_sizes, multiprocessors)
-def test_rows_are_covered_once(num_rows, hidden_size, processors):
+def test_every_program_has_rows_to_write(num_rows, hidden_size, processors):
     shape = LaunchShape.for_rows(num_rows, hidden_size, processors)
-    assert (shape.num_programs - 1) * shape.block_rows < num_rows <= shape.num_programs * shape.block_rows
+    assert 1 <= shape.num_programs <= cdiv(num_rows, shape.block_rows)
     assert shape.block_rows * shape.block_hidden / (32 * shape.num_warps) <= 32
 
 

@@ -18,6 +18,8 @@ MAX_BLOCK_BYTES = 16384
 PROGRAMS_PER_MULTIPROCESSOR = 2
 # Elements of one tile of a gradient that is only written: 32 of them per thread at 8 warps.
 WRITTEN_TILE_ELEMENTS = 8192
+# Two waves of such programs (8 warps of 64); each reads the head once, for all of its tiles.
+WRITING_PROGRAMS_PER_MULTIPROCESSOR = 16
 
 
 def next_power_of_2(n: int) -> int:
@@ -55,9 +57,13 @@ class LaunchShape:
 
     @classmethod
     def for_rows(cls, num_rows: int, hidden_size: int, multiprocessors: int) -> LaunchShape:
-        """For writing rows: one program per tile; `num_programs` counts the tiles along the rows."""
+        """For writing rows: `num_programs` programs along the rows, striding over tiles, for each block of columns."""
         block_hidden = min(next_power_of_2(hidden_size), 1024)
-        rows_each = next_power_of_2(cdiv(num_rows * cdiv(hidden_size, block_hidden), multiprocessors))
+        column_blocks = cdiv(hidden_size, block_hidden)
+        rows_each = next_power_of_2(cdiv(num_rows * column_blocks, multiprocessors))
         block_rows = min(max(1, WRITTEN_TILE_ELEMENTS // block_hidden), 16, rows_each)
         num_warps = min(max(block_rows * block_hidden // 1024, 1), 8)
-        return cls(cdiv(num_rows, block_rows), block_rows, block_hidden, num_warps)
+        num_programs = min(
+            cdiv(num_rows, block_rows), cdiv(WRITING_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, column_blocks)
+        )
+        return cls(num_programs, block_rows, block_hidden, num_warps)

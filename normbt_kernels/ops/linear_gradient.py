@@ -24,7 +24,7 @@ from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import num_multiprocessors, on_device, triton_dtype, uses_kernels
 from normbt_kernels.ops.launch import LaunchShape, cdiv
 from normbt_kernels.ops.library import define_op
-from normbt_kernels.ops.pair_loss import sum_partials
+from normbt_kernels.ops.pair_loss import load_each, sum_partials
 from normbt_kernels.ops.pairs import PairArguments, RowPairs, Vector, load_tile, locate_pairs, split_pairs
 
 
@@ -122,25 +122,25 @@ def _write_gradient_kernel(
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     # 1. the rows: position s of sequence n is row n where it is the pooled one, and 0 elsewhere
     if hidden_gradient_ptr is not None:
-        position = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row = position // sequence_length
-        served = row < num_rows
-        if last_token.ptr is not None:
-            token = tl.load(last_token.ptr + row * last_token.stride, mask=served, other=-1).to(tl.int64)
-            served = served & (token == position % sequence_length)
-        tile = tl.zeros([BLOCK_N, BLOCK_H], ACC)
-        if tl.max(served.to(tl.int32), axis=0) > 0:
-            coefficient = row_coefficient(
-                row, served, num_pairs, gradient_ptr, upstream, index_ptr, index_stride, index_side_stride,
-                INTERLEAVED, BLOCK_N, BLOCK_P, ACC,
-            )  # fmt: skip
-            head = tl.load(
-                head_weight.ptr + columns.to(tl.int64) * head_weight.stride, mask=columns < hidden_size, other=0.0
-            )
-            tile = tl.where(served[:, None], coefficient[:, None] * head.to(ACC)[None, :], 0.0)
-        out = hidden_gradient_ptr + position[:, None] * hidden_size + columns[None, :]
-        mask = (row < num_rows)[:, None] & (columns < hidden_size)[None, :]
-        tl.store(out, round_to(tile, hidden_gradient_ptr.dtype.element_ty), mask=mask)
+        head = load_each(head_weight, columns, columns < hidden_size, ACC)
+        num_tiles = tl.cdiv(num_rows * tl.cast(sequence_length, tl.int64), BLOCK_N)
+        for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            position = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            row = position // sequence_length
+            served = row < num_rows
+            if last_token.ptr is not None:
+                token = tl.load(last_token.ptr + row * last_token.stride, mask=served, other=-1).to(tl.int64)
+                served = served & (token == position % sequence_length)
+            gradient = tl.zeros([BLOCK_N, BLOCK_H], ACC)
+            if tl.max(served.to(tl.int32), axis=0) > 0:
+                coefficient = row_coefficient(
+                    row, served, num_pairs, gradient_ptr, upstream, index_ptr, index_stride, index_side_stride,
+                    INTERLEAVED, BLOCK_N, BLOCK_P, ACC,
+                )  # fmt: skip
+                gradient = tl.where(served[:, None], coefficient[:, None] * head[None, :], 0.0)
+            out = hidden_gradient_ptr + position[:, None] * hidden_size + columns[None, :]
+            mask = (row < num_rows)[:, None] & (columns < hidden_size)[None, :]
+            tl.store(out, round_to(gradient, hidden_gradient_ptr.dtype.element_ty), mask=mask)
     # 2. the head, by the programs of the first block of rows
     if head_gradient_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other on the device)
         if tl.program_id(0) == 0:

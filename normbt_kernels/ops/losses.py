@@ -37,11 +37,14 @@ class RewardLoss(torch.autograd.Function):
         ctx.save_for_backward(pair_table)
         ctx.reward_dtypes = chosen_rewards.dtype, rejected_rewards.dtype
         ctx.mark_non_differentiable(pair_table, batch_table)
+        ctx.set_materialize_grads(False)  # or each backward fills two tables of zeros for the outputs above
         return loss, pair_table, batch_table
 
     @staticmethod
     def backward(ctx, loss_gradient, *_):
         _refuse_double_backward()
+        if loss_gradient is None:
+            return (None,) * 8
         (pair_table,) = ctx.saved_tensors
         chosen_dtype, rejected_dtype = ctx.reward_dtypes
         # One product and, for 16-bit rewards, one cast: two launches for both sides.
@@ -73,11 +76,14 @@ class LinearLoss(torch.autograd.Function):
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
         ctx.bias_dtype = head_weight.dtype if head_bias is None else head_bias.dtype
         ctx.mark_non_differentiable(pair_table, batch_table)
+        ctx.set_materialize_grads(False)
         return loss, pair_table, batch_table
 
     @staticmethod
     def backward(ctx, loss_gradient, *_):
         _refuse_double_backward()
+        if loss_gradient is None:
+            return (None,) * 10
         pair_table, head_gradient, head_weight, pairs, last_token, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         gradients = linear_gradient(
