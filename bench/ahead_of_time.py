@@ -3,17 +3,23 @@
 The interpreter proves what the kernels compute, not that they compile. This runs the real launchers, with every
 launch turned into a compilation for the given target, and reads from the machine code what the compiler made of
 it: registers, spilled bytes (a figure above 0 costs device memory traffic that no formula counts), shared memory,
-and the widest load from global memory.
+and the width of the loads from global memory: the narrowest by which rows are read, or in a kernel that reads no
+rows the widest.
 """
 
+from __future__ import annotations
+
 import argparse
+import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 import normbt_kernels
 from normbt_kernels.ops import backend
+from normbt_kernels.ops.pairs import load_tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,18 +38,21 @@ TARGETS = {
 }
 MULTIPROCESSORS = 132
 NUM_PAIRS = 256
+FIGURES = ("registers", "spill_bytes", "shared_bytes", "load_bytes")
 
 
 def entry_points() -> dict[str, Callable[[], object]]:
     """What to run: every entry point, and every branch that the compiler sees, forward and backward."""
 
     def rows(hidden_size, dtype=torch.bfloat16):
-        return torch.randn(2 * NUM_PAIRS, hidden_size, dtype=dtype, requires_grad=True)
+        return torch.randn(2 * NUM_PAIRS, hidden_size, dtype=dtype)
 
-    def linear(hidden_size=4096, dtype=torch.bfloat16, **options):
-        hidden = rows(hidden_size, dtype)
-        weight, bias = torch.randn(hidden_size, dtype=dtype, requires_grad=True), torch.zeros(1, requires_grad=True)
-        normbt_kernels.linear_normbt_loss(hidden, weight, 1.0, bias=bias, **options).sum().backward()
+    def linear(hidden_size=4096, dtype=torch.bfloat16, mu=1.0, frozen=(), **options):
+        hidden = rows(hidden_size, dtype).requires_grad_("hidden" not in frozen)
+        weight, bias = torch.randn(hidden_size, dtype=dtype), torch.zeros(1)
+        for tensor in (weight, bias):
+            tensor.requires_grad_("head" not in frozen)
+        normbt_kernels.linear_normbt_loss(hidden, weight, mu, bias=bias, **options).sum().backward()
 
     def pooled():
         hidden = torch.randn(16, 8, 4096, dtype=torch.bfloat16, requires_grad=True)
@@ -55,11 +65,21 @@ def entry_points() -> dict[str, Callable[[], object]]:
         rewards = torch.randn(NUM_PAIRS, requires_grad=True)
         normbt_kernels.normbt_loss(rewards, rewards, chosen, rejected, mu, margin=rewards.detach()).backward()
 
+    def reward_with_ema():
+        chosen, rejected = rows(4096).chunk(2)
+        rewards = torch.randn(NUM_PAIRS, dtype=torch.bfloat16, requires_grad=True)
+        normbt_kernels.NormBTLoss()(rewards, rewards, chosen, rejected).backward()
+
     return {
         "linear": linear,
         "linear, H=1024": lambda: linear(1024),
         "linear, H=8192": lambda: linear(8192),
         "linear, H=16384, walked in blocks": lambda: linear(16384, center_coef=0.1),
+        "linear, frozen backbone": lambda: linear(frozen=("hidden",)),
+        "linear, frozen head": lambda: linear(frozen=("head",)),
+        "linear, the batch's own mean": lambda: linear(mu=None),
+        "linear, the batch's own mean, no cap": lambda: linear(mu=None, max_weight=None),
+        "linear, fp16": lambda: linear(dtype=torch.float16),
         "linear, fp32": lambda: linear(dtype=torch.float32),
         "linear, fp64": lambda: linear(1024, dtype=torch.float64),
         "linear, every option": lambda: linear(center_coef=0.1, label_smoothing=0.1, max_weight=None),
@@ -70,6 +90,7 @@ def entry_points() -> dict[str, Callable[[], object]]:
         "pooled with EMA": pooled,
         "reward form": lambda: reward(1.0),
         "reward form, the batch's own mean": lambda: reward(None),
+        "reward form with EMA": reward_with_ema,
         "pair_distance": lambda: normbt_kernels.pair_distance(rows(4096)),
     }
 
@@ -100,30 +121,81 @@ def compile_for(target: str) -> dict[str, dict]:
     return compiled
 
 
-def describe(binary) -> dict:
+class Load(NamedTuple):
+    """A load from global memory in the code of a kernel."""
+
+    location: tuple[str, int]  # file and line of the Triton source, of the innermost function inlined
+    width: int  # bytes for each thread
+
+
+def describe(binary) -> dict[str, Any]:
+    """Figures of a compiled kernel; those that cannot be had are None, and "null" says why."""
+    figures, null = {"registers": None, "spill_bytes": None}, []
     if "cubin" in binary.asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(binary.asm["cubin"])
-            cubin.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        loads = re.findall(r"ld\.global(?:\.\w+(?:::\w+)?)*?(?:\.v(\d))?\.[busf](\d+)", binary.asm["ptx"])
-        load_bytes = [int(count or 1) * int(bits) // 8 for count, bits in loads]
+        try:
+            registers, stack = _resource_usage(binary.asm["cubin"])
+            figures = {"registers": registers, "spill_bytes": stack}
+        except (OSError, RuntimeError) as error:
+            null.append(f"registers and spills: {error}")
+        loads = _loads(binary.asm["ptx"], _PTX_LOAD, lambda count, bits: int(count or 1) * int(bits) // 8)
     else:
         assembly = binary.asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly).group(1))
-        stack = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", assembly).group(1))
-        loads = re.findall(r"(?:buffer|global)_load_(?:dwordx(\d)|(dword)|(ushort|short)|(ubyte))", assembly)
-        load_bytes = [
-            4 * int(count) if count else 4 if dword else 2 if short else 1 for count, dword, short, _ in loads
-        ]
+        vectors, scratch = (
+            int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        figures = {"registers": vectors, "spill_bytes": scratch}
+        loads = _loads(assembly, _AMD_LOAD, lambda words, name: 4 * int(words) if words else _AMD_BYTES[name])
+    # The narrowest load of rows is what counts; of a kernel that reads none, the widest load is all that can be said.
+    rows = [load.width for load in loads if _reads_rows(load)]
+    widths = [load.width for load in loads]
+    if not widths:
+        null.append("load width: loads nothing from global memory")
     return {
-        "registers": registers,
-        "spill_bytes": stack,
+        **figures,
         "shared_bytes": binary.metadata.shared,
-        "load_bytes": max(load_bytes, default=0),
+        "load_bytes": min(rows) if rows else max(widths, default=None),
+        "reads_rows": bool(rows),
+        "null": "; ".join(null) or None,
     }
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of each thread, and its stack in local memory, where spilled registers go."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        process = subprocess.run(command, capture_output=True, text=True)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", process.stdout)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump said {(process.stderr or process.stdout).strip()!r}")
+    return int(usage[1]), int(usage[2])
+
+
+_PTX_LOAD = re.compile(r"ld\.(?:volatile\.)?global(?:\.\w+(?:::\w+)?)*?(?:\.v(\d))?\.[busf](\d+)\s")
+_AMD_LOAD = re.compile(r"(?:buffer|global|flat)_load_(?:dwordx(\d)|(dword|ushort|sshort|short|ubyte|sbyte))")
+_AMD_BYTES = {"dword": 4, "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1}
+_FILE = re.compile(r"\.file\s+(\d+)\s+(?:\"[^\"]*\"\s+)?\"([^\"]*)\"")
+_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s")
+
+
+def _loads(assembly: str, pattern: re.Pattern, width: Callable[..., int]) -> list[Load]:
+    """The loads that `pattern` finds, whose groups `width` turns into bytes, each with the source line it is for."""
+    files = {number: Path(name).name for number, name in _FILE.findall(assembly)}
+    loads, location = [], ("", 0)
+    for line in assembly.splitlines():
+        if match := _LOCATION.search(line):
+            location = files.get(match[1], ""), int(match[2])
+        elif match := pattern.search(line):
+            loads.append(Load(location, width(*match.groups())))
+    return loads
+
+
+def _reads_rows(load: Load) -> bool:
+    """Rows are read by `load_tile` and nowhere else."""
+    source, first_line = inspect.getsourcelines(load_tile.fn)
+    file = Path(inspect.getsourcefile(load_tile.fn)).name
+    return load.location[0] == file and first_line <= load.location[1] < first_line + len(source)
 
 
 def main() -> None:
@@ -144,7 +216,8 @@ def main() -> None:
     for target, kernels in results.items():
         print(f"\n{target:72}{'registers':>10}{'spilled':>9}{'shared':>8}{'load':>6}   (bytes)")
         for name, figures in kernels.items():
-            print(name.ljust(72) + "{registers:>10}{spill_bytes:>9}{shared_bytes:>8}{load_bytes:>6}".format(**figures))
+            row = ("-" if figures[key] is None else figures[key] for key in FIGURES)
+            print("{:72}{:>10}{:>9}{:>8}{:>6}".format(name, *row), *filter(None, [figures["null"]]))
 
 
 if __name__ == "__main__":

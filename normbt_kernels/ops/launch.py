@@ -16,10 +16,11 @@ TILE_ELEMENTS = 4096
 MAX_BLOCK_BYTES = 16384
 # Two programs for each multiprocessor overlap the loads of one with the reductions of the other.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# Elements of one tile of a gradient that is only written: 32 of them per thread at 8 warps.
-WRITTEN_TILE_ELEMENTS = 8192
-# Two waves of such programs (8 warps of 64); each reads the head once, for all of its tiles.
-WRITING_PROGRAMS_PER_MULTIPROCESSOR = 16
+# Elements of one tile of a gradient that is only written: 16 of them per thread at 8 warps. Twice as many spill
+# registers on sm_80 where H is odd, because every element then has an address of its own.
+WRITTEN_TILE_ELEMENTS = 4096
+# As many such programs as a multiprocessor holds (8 warps of 64); each reads the head once, for all of its tiles.
+WRITING_PROGRAMS_PER_MULTIPROCESSOR = 8
 
 
 def next_power_of_2(n: int) -> int:
@@ -62,7 +63,7 @@ class LaunchShape:
         column_blocks = cdiv(hidden_size, block_hidden)
         rows_each = next_power_of_2(cdiv(num_rows * column_blocks, multiprocessors))
         block_rows = min(max(1, WRITTEN_TILE_ELEMENTS // block_hidden), 16, rows_each)
-        num_warps = min(max(block_rows * block_hidden // 1024, 1), 8)
+        num_warps = min(max(block_rows * block_hidden // 512, 1), 8)
         num_programs = min(
             cdiv(num_rows, block_rows), cdiv(WRITING_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, column_blocks)
         )

@@ -225,7 +225,7 @@ def _launch_linear_gradient(
         INTERLEAVED=interleaved,
         SCALE_HEAD=not upstream.per_pair,
         BLOCK_N=shape.block_rows,
-        BLOCK_P=128,
+        BLOCK_P=256,
         BLOCK_H=shape.block_hidden,
         BLOCK_K=4,  # x 1024 columns: more partials at a time spill to local memory
         ACC=acc,

@@ -1,0 +1,196 @@
+"""What the benchmarks share: the device and versions that a figure belongs to, tables, and files written whole."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import normbt_kernels
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CPU_NOTE = "measured on a CPU: these figures say nothing about a GPU"
+ASSUMED_CACHE_BYTES = 64 * 2**20  # where neither the device nor the system says
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every sub-command has."""
+    parser.add_argument("--quick", action="store_true", help="a short grid")
+    parser.add_argument(
+        "--device", type=torch.device, default=default_device(), help="where to measure (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's); 1 if its cores are shared")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results/<device>)")
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Report:
+    """One run of a sub-command: where its results go, and what they belong to."""
+
+    def __init__(self, name: str, options: argparse.Namespace):
+        self.name = name
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.device = describe_device(options.device)
+        self.folder: Path = options.out or RESULTS / self.device["slug"]
+        self.environment = {
+            "device": self.device,
+            "versions": versions(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+            "load_average_start": os.getloadavg(),
+        }
+        print(f"{name} on {self.device['name']}, torch {self.environment['versions']['torch']}")
+        if self.device["type"] == "cpu":
+            self.environment["note"] = CPU_NOTE
+            print(CPU_NOTE)
+            if os.getloadavg()[0] > 0.5 * self.device["cores"]:
+                print(f"load average {os.getloadavg()[0]:.1f}: other work shares its cores, see --threads")
+
+    def save(self, results: dict[str, Any]) -> None:
+        """Writes `<name>.json`: the environment, then `results`."""
+        environment = self.environment | {"load_average_end": os.getloadavg()}
+        text = json.dumps({"environment": environment, **results}, indent=1, allow_nan=False) + "\n"
+        self._write(f"{self.name}.json", lambda path: path.write_text(text))
+
+    def save_figure(self, draw: Callable[[Any], Any]) -> None:
+        """Writes `<name>.png`, which `draw(pyplot)` returns as a matplotlib figure."""
+        try:
+            import matplotlib
+        except ImportError:
+            print("no figure: matplotlib is not installed")
+            return
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
+        plt.rcParams.update({"grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False})
+        figure = draw(plt)
+        versions = self.environment["versions"]
+        label = f"{self.device['name']}, torch {versions['torch']}, {self.environment['date'][:10]}"
+        figure.supxlabel(label, x=0.995, ha="right", fontsize=7, color="gray")
+        self._write(f"{self.name}.png", lambda path: figure.savefig(path, dpi=120))
+        plt.close(figure)
+
+    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
+        write_whole(self.folder / name, write)
+        print(f"wrote {_relative(self.folder / name)}")
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has `write` fill a temporary file beside `path`, then puts it in place: the whole file, or the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # matplotlib goes by the suffix
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What a result depends on of the device. `cache_bytes` is the last cache before memory."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts = {
+            "name": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "cache_bytes": getattr(properties, "L2_cache_size", ASSUMED_CACHE_BYTES),
+        }
+    else:
+        cores = os.cpu_count()
+        facts = {
+            "name": f"{cpu_model()}, {cores} cores",
+            "cores": cores,
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "cache_bytes": last_level_cache(),
+        }
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower()).strip("-")
+    return {"type": device.type, "slug": slug, **facts}
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def last_level_cache() -> int:
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=ASSUMED_CACHE_BYTES)
+
+
+def versions() -> dict[str, str | None]:
+    return {
+        "normbt_kernels": normbt_kernels.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "triton": _installed("triton"),
+        "transformers": _installed("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """The first column to the left, the others to the right; None, what was not measured, as a dash."""
+    table = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for row in table:
+        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def error_text(error: Exception) -> str:
+    """A failed contender's entry in the results: the kind of error and its first line."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:300]
