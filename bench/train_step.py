@@ -137,6 +137,7 @@ def make_losses(model, device: torch.device) -> dict[str, Callable[[dict[str, Te
     running_mean: list[Tensor] = []  # of the eager contender, empty before the first batch
 
     def forward(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        head_input.expect()
         rewards = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
         return rewards, head_input.take()
 
