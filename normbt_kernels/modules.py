@@ -91,11 +91,10 @@ class DistanceEMA(nn.Module):
                 f"mu is on {self.mu.device}, but the hidden states are on {rows.chosen.device}: "
                 f"move the loss there once, with .to({str(rows.chosen.device)!r})"
             )
+        self.synchronize()
         group = self._group()
         if group is None or not self.training:
-            self.synchronize()
             return finish(*apply(self._mean(self.beta if self.training else None)), return_stats)
-        self.synchronize()
         if self._may_be_new():
             # No mu yet: all ranks' mean must be known before the weights, so this once the distances come first.
             distance = pair_distance(*rows)
