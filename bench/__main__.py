@@ -14,7 +14,8 @@ SUBCOMMANDS = {
     "scaling": "time against P and H over four decades, with exponents",
     "train-step": "overhead of a whole training step over plain BT",
     "static": "launches and bytes as executed in the interpreter, and what the compiler made of the kernels",
-    "all": "all of these, into one folder",
+    "tune": "which launch shapes this GPU would like: constants to propose for ops/launch.py",
+    "all": "all of these but tune, into one folder",
 }
 
 

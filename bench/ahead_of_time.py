@@ -54,6 +54,13 @@ def entry_points() -> dict[str, Callable[[], object]]:
             tensor.requires_grad_("head" not in frozen)
         normbt_kernels.linear_normbt_loss(hidden, weight, mu, bias=bias, **options).sum().backward()
 
+    def linear_with_ema(hidden_size=4096):
+        weight = torch.randn(hidden_size, requires_grad=True)
+        bias = torch.zeros(1, requires_grad=True)
+        normbt_kernels.LinearNormBTLoss()(rows(hidden_size).requires_grad_(), weight, bias).backward()
+
+    explicit = torch.randint(0, 2 * NUM_PAIRS, (NUM_PAIRS, 2))
+
     def pooled():
         hidden = torch.randn(16, 8, 4096, dtype=torch.bfloat16, requires_grad=True)
         last_token = torch.zeros(16, dtype=torch.int64)
@@ -74,18 +81,26 @@ def entry_points() -> dict[str, Callable[[], object]]:
         "linear": linear,
         "linear, H=1024": lambda: linear(1024),
         "linear, H=8192": lambda: linear(8192),
-        "linear, H=16384, walked in blocks": lambda: linear(16384, center_coef=0.1),
+        "linear, H=16384": lambda: linear(16384),
+        "linear, H=16384, centered, walked in blocks": lambda: linear(16384, center_coef=0.1),
+        "linear, H=16384, with EMA": lambda: linear_with_ema(16384),
+        "linear, H=32768, walked in blocks": lambda: linear(32768),
+        "linear, H=8192, every option": lambda: linear(8192, center_coef=0.1, label_smoothing=0.1, max_weight=None),
         "linear, frozen backbone": lambda: linear(frozen=("hidden",)),
         "linear, frozen head": lambda: linear(frozen=("head",)),
         "linear, the batch's own mean": lambda: linear(mu=None),
         "linear, the batch's own mean, no cap": lambda: linear(mu=None, max_weight=None),
         "linear, fp16": lambda: linear(dtype=torch.float16),
         "linear, fp32": lambda: linear(dtype=torch.float32),
+        "linear, fp32, H=8192": lambda: linear(8192, dtype=torch.float32),
         "linear, fp64": lambda: linear(1024, dtype=torch.float64),
+        "linear, fp64, H=4096": lambda: linear(dtype=torch.float64),
+        "linear with EMA": linear_with_ema,
         "linear, every option": lambda: linear(center_coef=0.1, label_smoothing=0.1, max_weight=None),
         "linear, interleaved": lambda: linear(pairs="interleaved"),
-        "linear, explicit pairs": lambda: linear(pairs=torch.randint(0, 2 * NUM_PAIRS, (NUM_PAIRS, 2))),
+        "linear, explicit pairs": lambda: linear(pairs=explicit),
         "linear, reduction none": lambda: linear(reduction="none"),
+        "linear, explicit pairs, reduction none": lambda: linear(pairs=explicit, reduction="none"),
         "linear, odd H": lambda: linear(4099),
         "pooled with EMA": pooled,
         "reward form": lambda: reward(1.0),

@@ -15,9 +15,11 @@ import time
 from bench.__main__ import SUBCOMMANDS
 from bench.harness import RESULTS, describe_device, print_table
 
+BENCHMARKS = [name for name in SUBCOMMANDS if name not in ("tune", "all")]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--skip", nargs="+", choices=[name for name in SUBCOMMANDS if name != "all"], default=())
+    parser.add_argument("--skip", nargs="+", choices=BENCHMARKS, default=())
 
 
 def run(options: argparse.Namespace) -> int:
@@ -26,8 +28,8 @@ def run(options: argparse.Namespace) -> int:
     if options.threads:
         common += ["--threads", str(options.threads)]
     outcomes = []
-    for name in SUBCOMMANDS:
-        if name == "all" or name in options.skip:
+    for name in BENCHMARKS:
+        if name in options.skip:
             continue
         if importlib.util.find_spec(f"bench.{name.replace('-', '_')}") is None:
             outcomes.append((name, "not here", None))

@@ -12,6 +12,7 @@ Two instruments, and nothing is counted by both:
 - PyTorch operators are counted at the dispatcher: the bytes of what an operator reads plus the bytes of what it
   writes, one launch each. Operators that consist of others (`aten::zeros`, `normbt::pair_loss`) are counted as those
   others; views and allocations are free. An expanded tensor counts the bytes it has, not those it pretends to have.
+  A value that the host reads (`item`, `bool` and their like) counts as a launch too: it costs more than one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
+HOST_READ = torch.ops.aten._local_scalar_dense.default
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
 # What these leave behind does not depend on what was there.
 OVERWRITES = {"copy_", "fill_", "zero_", "random_", "uniform_", "normal_"}
@@ -206,7 +208,7 @@ class _Operators(TorchDispatchMode):
         given = {tensor.untyped_storage().data_ptr() for tensor, _ in arguments}
         made = [t for t in _leaves([result]) if t.untyped_storage().data_ptr() not in given]
         changed = [tensor for tensor, is_changed in arguments if is_changed]
-        if not any(t.numel() for t in made + changed):
+        if not any(t.numel() for t in made + changed) and func is not HOST_READ:
             return  # a view, or nothing at all
         if name in GATHERS:
             indices = [tensor for tensor, _ in arguments[1:]]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 
 import reference
 from bench import all as bench_all
-from bench import contenders, scaling, speed, timing
+from bench import contenders, scaling, speed, timing, tune
 from bench.contenders import CONTENDERS, ENTRIES, Case, Inputs
 from bench.harness import write_whole
 
@@ -221,3 +222,43 @@ def test_all_goes_on_past_a_failure_and_names_it(monkeypatch, tmp_path, capsys):
     assert bench_all.run(options) == 1
     assert ran == ["speed", "memory", "scaling", "train-step"]
     assert "failed with status 1" in capsys.readouterr().out
+
+
+# Tuning
+
+
+def test_tune_times_each_shape_and_proposes_constants(tmp_path):
+    command = [sys.executable, "-m", "bench", "tune", "--device", "cpu", "-P", "5", "-H", "16", "--dtype", "fp32"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([*command, "--seconds", "0.01", "--out", tmp_path], check=True, capture_output=True, env=environment)
+    result = json.loads((tmp_path / "tune.json").read_text())
+    check_environment(result, "tune")
+    for phase, constants in tune.CONSTANTS.items():
+        rows = [row for row in result["rows"] if row["phase"] == phase]
+        assert len({row["shape"] for row in rows}) == len(rows) >= 1
+        assert all(row["median_us"] > 0 for row in rows)
+        proposal = result["proposals"][phase]
+        assert 1 <= proposal["cost"] <= proposal["cost_today"]
+        assert all(value in constants[name] for name, value in proposal["constants"].items())
+
+
+def test_tune_proposes_what_is_fastest_over_all_sizes():
+    device, cases = torch.device("cpu"), [Case("linear", p, 64, torch.float32) for p in (40, 400)]
+    best = {"TILE_ELEMENTS": 2048, "ELEMENTS_PER_WARP": 256, "PROGRAMS_PER_MULTIPROCESSOR": 4}
+    times = {}
+    for case in cases:
+        shapes = {s: tune.shape_of(case, "forward", s, device) for s in tune.settings("forward")}
+        fastest = shapes[tuple(best.values())]
+        times[str(case)] = {shape: 1.0 if shape == fastest else 1.5 for shape in shapes.values()}
+    proposal = tune.propose("forward", cases, times, device)
+    assert proposal["cost"] == 1.0
+    assert proposal["cost_today"] == pytest.approx(1.5)
+    for case in cases:
+        shape = tune.shape_of(case, "forward", tuple(proposal["constants"].values()), device)
+        assert times[str(case)][shape] == 1.0
+
+
+def test_tune_refuses_a_device_without_kernels():
+    process = subprocess.run([sys.executable, "-m", "bench", "tune", "--device", "cpu"], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "nothing to tune on cpu" in process.stderr

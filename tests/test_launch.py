@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normbt_kernels.ops.launch import MAX_BLOCK_BYTES, PROGRAMS_PER_MULTIPROCESSOR, LaunchShape, cdiv
+from normbt_kernels.ops.launch import (
+    LONG_ROW_BLOCK_BYTES,
+    MAX_CENTERED_ROW_BYTES,
+    MAX_ROW_BYTES,
+    PROGRAMS_PER_MULTIPROCESSOR,
+    LaunchShape,
+    cdiv,
+)
 
 sizes = st.integers(1, 1 << 20)
 hidden_sizes = st.integers(1, 32768)
@@ -12,12 +19,16 @@ element_sizes = st.sampled_from([2, 4, 8])
 multiprocessors = st.sampled_from([3, 108, 132, 304])
 
 
-@given(sizes, hidden_sizes, element_sizes, multiprocessors)
-def test_pairs_are_covered_by_tiles_that_fit_the_registers(num_pairs, hidden_size, element_size, processors):
-    shape = LaunchShape.for_pairs(num_pairs, hidden_size, element_size, processors)
+@given(sizes, hidden_sizes, element_sizes, multiprocessors, st.booleans())
+def test_pairs_are_covered_by_tiles_that_fit_the_registers(num_pairs, hidden_size, element_size, processors, centers):
+    shape = LaunchShape.for_pairs(num_pairs, hidden_size, element_size, processors, centers)
     assert 1 <= shape.num_programs <= PROGRAMS_PER_MULTIPROCESSOR * processors
     assert shape.num_programs <= cdiv(num_pairs, shape.block_rows), "a program without a pair"
-    assert shape.block_hidden >= hidden_size or shape.block_hidden * element_size == MAX_BLOCK_BYTES
+    if shape.block_hidden < hidden_size:
+        assert hidden_size * element_size > (MAX_CENTERED_ROW_BYTES if centers else MAX_ROW_BYTES) / 2
+        assert shape.block_hidden * element_size == LONG_ROW_BLOCK_BYTES
+    else:
+        assert shape.block_hidden * element_size <= MAX_ROW_BYTES
     assert shape.block_rows * shape.block_hidden / (32 * shape.num_warps) <= 32, "elements of one tile per thread"
     for size in (shape.block_rows, shape.block_hidden, shape.num_warps):
         assert size & (size - 1) == 0, "Triton's blocks and warps are powers of two"
@@ -36,9 +47,10 @@ def test_few_pairs_are_spread_over_one_program_each(num_pairs, hidden_size):
     assert LaunchShape.for_pairs(num_pairs, hidden_size, 2, 132).num_programs == num_pairs
 
 
-def test_few_rows_are_spread_over_the_multiprocessors():
-    shape = LaunchShape.for_rows(16, 8192, 132)
-    assert shape.num_programs * cdiv(8192, shape.block_hidden) >= 128
+@pytest.mark.parametrize(("num_rows", "hidden_size"), [(16, 8192), (2, 16384), (8, 2048), (128, 1024)])
+def test_few_rows_are_spread_over_the_multiprocessors(num_rows, hidden_size):
+    shape = LaunchShape.for_rows(num_rows, hidden_size, 132)
+    assert shape.num_programs * cdiv(hidden_size, shape.block_hidden) >= 120
 
 
 def test_many_pairs_take_the_persistent_grid():

@@ -105,6 +105,7 @@ OPERATORS = {
     "out=": (lambda: torch.mul(A, B, out=torch.empty(4, 8)), 256, 128, 1),
     "product": (lambda: A @ B.T, 256, 64, 1),
     "reduction": (lambda: A.sum(dim=1), 128, 16, 1),
+    "host read": (lambda: A.sum().item(), 128 + 4, 4, 2),
     "gather": (lambda: A[I], 64 + 16, 64, 1),  # two rows and their numbers, not the whole of A
     # zeros (10, 8), then three rows added to what is there: read the rows, their numbers, and the places
     "gradient of a gather": (rows_gradient(), 96 + 24 + 96, 320 + 96, 2),

@@ -3,16 +3,15 @@
     grad h[n] = c_n v        c_n = sum of dloss/dr over the pairs in which row n serves, times their upstream
     grad v    = u sum_p (...)   made by the forward pass for u = 1, scaled here by the upstream scalar u
 
-Of a pooled (N, S, H) only the pooled positions are not 0. A row may serve in many explicit pairs: its pairs
-are summed in their order, without atomics, so the same inputs give the same bits.
+Of a pooled (N, S, H) only the pooled positions are not 0. A row may serve in many explicit pairs: the forward pass has
+listed them, in any order, and they are sorted here before they are summed, without atomics, so the same inputs give
+the same bits. A row in more pairs than a list holds looks through all pairs.
 
 With reduction "none" each pair has its own upstream gradient, which the forward pass cannot know: then, and
 only then, the rows are read again for grad v.
 
-Explicit pairs are found by each tile of rows looking through all of them, and skipping the blocks of pairs that
-name none of its rows: cheap where the pairs of a prompt stand together, P comparisons per row where they do not.
-
-Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one (reduction "none" with a trained head: two).
+Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one, and with explicit pairs or reduction "none" one before it for the
+sums over pairs.
 """
 
 from typing import NamedTuple
@@ -24,73 +23,71 @@ from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import num_multiprocessors, on_device, triton_dtype, uses_kernels
 from normbt_kernels.ops.launch import LaunchShape, cdiv
 from normbt_kernels.ops.library import define_op
-from normbt_kernels.ops.pair_loss import load_each, sum_partials
-from normbt_kernels.ops.pairs import PairArguments, RowPairs, Vector, load_tile, locate_pairs, split_pairs
+from normbt_kernels.ops.pair_loss import ROW_ENTRIES, accumulate_head_gradient, load_each, sum_partials
+from normbt_kernels.ops.pairs import PairArguments, RowPairs, Vector, split_pairs
 
 
 @triton.jit
-def _accumulate_head_gradient_kernel(
-    rows, gradient_ptr, upstream, partial_ptr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr
-):
-    # Columns outside, pairs inside: each program sums its own pairs for one block of columns at a time.
-    program = tl.program_id(0)
-    num_pairs = tl.cast(rows.num_pairs, tl.int64)
-    bias_gradient = tl.zeros([BLOCK_P], ACC)
-    for start in range(0, rows.hidden_size, BLOCK_H):
-        columns = start + tl.arange(0, BLOCK_H)
-        total = tl.zeros([BLOCK_H], ACC)
-        for block in range(program, tl.cdiv(rows.num_pairs, BLOCK_P), tl.num_programs(0)):
-            pair = block * BLOCK_P + tl.arange(0, BLOCK_P)
-            in_range = pair < num_pairs
-            chosen_offset, rejected_offset, exists = locate_pairs(rows, pair)
-            upstream_gradient = tl.load(upstream.ptr + pair * upstream.stride, mask=in_range, other=0.0).to(ACC)
-            chosen_gradient = tl.load(gradient_ptr + pair, mask=in_range, other=0.0) * upstream_gradient
-            rejected_gradient = tl.load(gradient_ptr + num_pairs + pair, mask=in_range, other=0.0) * upstream_gradient
-            chosen = load_tile(rows, rows.chosen, chosen_offset, exists, columns, ACC)
-            rejected = load_tile(rows, rows.rejected, rejected_offset, exists, columns, ACC)
-            # g delta + k (h_c + h_r): the difference first, as in the forward pass.
-            centering = 0.5 * (chosen_gradient + rejected_gradient)
-            gradient = 0.5 * (chosen_gradient - rejected_gradient)
-            part = gradient[:, None] * (chosen - rejected) + centering[:, None] * (chosen + rejected)
-            total += tl.sum(part, axis=0)
-            if start == 0:
-                bias_gradient += 2.0 * centering
-        slot = partial_ptr + program * (rows.hidden_size + 1)
-        tl.store(slot + columns, total, mask=columns < rows.hidden_size)
-    tl.store(partial_ptr + program * (rows.hidden_size + 1) + rows.hidden_size, tl.sum(bias_gradient))
+def sum_listed_pairs(row, exists, count, num_rows, num_pairs, gradient_ptr, upstream, row_entries_ptr,
+                     ROW_ENTRIES: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """c_n of a block of rows, none of which serves in more pairs than a list holds."""
+    place = tl.arange(0, ROW_ENTRIES)
+    listed = exists[:, None] & (place[None, :] < count[:, None])
+    out_of_list = 2 * num_pairs
+    entry = tl.load(row_entries_ptr + (1 + place.to(tl.int64))[None, :] * num_rows + row[:, None], mask=listed, other=0)
+    entry = tl.sort(tl.where(listed, entry.to(tl.int64), out_of_list))
+    listed = entry < out_of_list
+    gradient = tl.load(gradient_ptr + entry, mask=listed, other=0.0)
+    gradient *= tl.load(upstream.ptr + (entry % num_pairs) * upstream.stride, mask=listed, other=0.0).to(ACC)
+    return tl.sum(gradient, axis=1)
 
 
 @triton.jit
-def row_coefficient(
-    row, exists, num_pairs, gradient_ptr, upstream, index_ptr, index_stride, index_side_stride,
-    INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """c_n of a block of rows."""
-    if index_ptr is None:
-        pair = row // 2 if INTERLEAVED else row % num_pairs
-        side = row % 2 if INTERLEAVED else row // num_pairs
-        coefficient = tl.load(gradient_ptr + side * num_pairs + pair, mask=exists, other=0.0)
-        coefficient *= tl.load(upstream.ptr + pair * upstream.stride, mask=exists, other=0.0).to(ACC)
-    else:
-        coefficient = tl.zeros([BLOCK_N], ACC)
-        lowest = tl.min(row, axis=0)
-        highest = tl.max(row, axis=0)
-        for start in range(0, num_pairs, BLOCK_P):
-            pair = start + tl.arange(0, BLOCK_P).to(tl.int64)
-            in_range = pair < num_pairs
-            chosen_row = tl.load(index_ptr + pair * index_stride, mask=in_range, other=-1)
-            rejected_row = tl.load(index_ptr + pair * index_stride + index_side_stride, mask=in_range, other=-1)
-            # The pairs of a prompt stand together as a rule, so most blocks of pairs name none of these rows.
-            chosen_near = (chosen_row >= lowest) & (chosen_row <= highest)
-            rejected_near = (rejected_row >= lowest) & (rejected_row <= highest)
-            if tl.max((chosen_near | rejected_near).to(tl.int32), axis=0) > 0:
-                upstream_gradient = tl.load(upstream.ptr + pair * upstream.stride, mask=in_range, other=0.0).to(ACC)
-                chosen = tl.load(gradient_ptr + pair, mask=in_range, other=0.0) * upstream_gradient
-                rejected = tl.load(gradient_ptr + num_pairs + pair, mask=in_range, other=0.0) * upstream_gradient
-                part = tl.where(row[:, None] == chosen_row[None, :], chosen[None, :], 0.0)
-                part += tl.where(row[:, None] == rejected_row[None, :], rejected[None, :], 0.0)
-                coefficient += tl.sum(part, axis=1)
+def sum_all_pairs(row, num_pairs, gradient_ptr, upstream, index_ptr, index_stride, index_side_stride,
+                  BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """c_n of a block of rows, by a look at every pair."""
+    coefficient = tl.zeros([BLOCK_N], ACC)
+    for start in range(0, num_pairs, BLOCK_P):
+        pair = start + tl.arange(0, BLOCK_P).to(tl.int64)
+        in_range = pair < num_pairs
+        upstream_gradient = tl.load(upstream.ptr + pair * upstream.stride, mask=in_range, other=0.0).to(ACC)
+        for side in tl.static_range(2):
+            served = tl.load(index_ptr + pair * index_stride + side * index_side_stride, mask=in_range, other=-1)
+            gradient = tl.load(gradient_ptr + side * num_pairs + pair, mask=in_range, other=0.0) * upstream_gradient
+            coefficient += tl.sum(tl.where(row[:, None] == served[None, :], gradient[None, :], 0.0), axis=1)
     return coefficient
+
+
+@triton.jit
+def _sum_over_pairs_kernel(
+    rows, gradient_ptr, upstream, coefficient_ptr, index_ptr, index_stride, index_side_stride, row_entries_ptr,
+    num_rows, num_pairs, hidden_size, partial_ptr,
+    ROW_ENTRIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    num_pairs = tl.cast(num_pairs, tl.int64)
+    # 1. of explicit pairs: each row's coefficient
+    if coefficient_ptr is not None:
+        for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_N), tl.num_programs(0)):
+            row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            exists = row < num_rows
+            count = tl.load(row_entries_ptr + row, mask=exists, other=0)
+            if tl.max(count, axis=0) <= ROW_ENTRIES:
+                coefficient = sum_listed_pairs(
+                    row, exists, count, num_rows, num_pairs, gradient_ptr, upstream, row_entries_ptr, ROW_ENTRIES, ACC
+                )
+            else:
+                coefficient = sum_all_pairs(
+                    row, num_pairs, gradient_ptr, upstream, index_ptr, index_stride, index_side_stride,
+                    BLOCK_N, 128, ACC,
+                )  # fmt: skip
+            tl.store(coefficient_ptr + row, coefficient, mask=exists)
+    # 2. of reduction "none": the head's gradient
+    if partial_ptr is not None:
+        slot = partial_ptr + tl.program_id(0) * tl.cast(hidden_size + 1, tl.int64)
+        bias_gradient = accumulate_head_gradient(
+            rows, gradient_ptr, upstream.ptr, upstream.stride, slot, BLOCK_P, BLOCK_H, ACC
+        )
+        tl.store(slot + hidden_size, bias_gradient)
 
 
 @triton.jit
@@ -113,10 +110,10 @@ def write_head_gradient(
 @triton.jit
 def _write_gradient_kernel(
     hidden_gradient_ptr, weight_gradient_ptr, bias_gradient_ptr,
-    gradient_ptr, upstream, head_weight, head_gradient_ptr, num_partials,
-    index_ptr, index_stride, index_side_stride, last_token, num_rows, sequence_length, num_pairs, hidden_size,
+    gradient_ptr, upstream, coefficient_ptr, head_weight, head_gradient_ptr, num_partials,
+    last_token, num_rows, sequence_length, num_pairs, hidden_size,
     INTERLEAVED: tl.constexpr, SCALE_HEAD: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     num_pairs = tl.cast(num_pairs, tl.int64)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -133,10 +130,13 @@ def _write_gradient_kernel(
                 served = served & (token == position % sequence_length)
             gradient = tl.zeros([BLOCK_N, BLOCK_H], ACC)
             if tl.max(served.to(tl.int32), axis=0) > 0:
-                coefficient = row_coefficient(
-                    row, served, num_pairs, gradient_ptr, upstream, index_ptr, index_stride, index_side_stride,
-                    INTERLEAVED, BLOCK_N, BLOCK_P, ACC,
-                )  # fmt: skip
+                if coefficient_ptr is None:
+                    pair = row // 2 if INTERLEAVED else row % num_pairs
+                    side = row % 2 if INTERLEAVED else row // num_pairs
+                    coefficient = tl.load(gradient_ptr + side * num_pairs + pair, mask=served, other=0.0)
+                    coefficient *= tl.load(upstream.ptr + pair * upstream.stride, mask=served, other=0.0).to(ACC)
+                else:
+                    coefficient = tl.load(coefficient_ptr + row, mask=served, other=0.0)
                 gradient = tl.where(served[:, None], coefficient[:, None] * head[None, :], 0.0)
             out = hidden_gradient_ptr + position[:, None] * hidden_size + columns[None, :]
             mask = (row < num_rows)[:, None] & (columns < hidden_size)[None, :]
@@ -174,6 +174,7 @@ class Upstream(NamedTuple):
     gradient: Tensor  # (2, P)
     loss_gradient: Tensor  # (), or (P,) with reduction "none"
     head_gradient: Tensor  # (H + 1,) for an upstream of 1; (0,) with reduction "none"
+    row_entries: Tensor  # of explicit pairs, which of them each row serves in
 
     @property
     def per_pair(self) -> bool:
@@ -184,27 +185,42 @@ def _launch_linear_gradient(
     result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, pairs: Tensor | None,
     interleaved: bool, last_token: Tensor | None, hidden_shape: list[int],
 ) -> None:  # fmt: skip
-    gradient, loss_gradient, head_gradient = upstream
+    gradient, loss_gradient, head_gradient, row_entries = upstream
     acc, device = triton_dtype(gradient.dtype), gradient.device
-    num_pairs, hidden_size = gradient.shape[1], hidden_shape[-1]
-    num_partials = 1
-    if hidden is not None:
-        rows = _rows(hidden, pairs, interleaved, last_token)
-        shape = rows.launch_shape()
-        num_partials = shape.num_programs
-        head_gradient = torch.empty(num_partials, hidden_size + 1, device=device, dtype=gradient.dtype)
-        _accumulate_head_gradient_kernel[(num_partials,)](
-            PairArguments.of(rows),
+    needs_hidden, needs_weight, needs_bias = (tensor.numel() > 0 for tensor in result)
+    num_rows, num_pairs, hidden_size = hidden_shape[0], gradient.shape[1], hidden_shape[-1]
+    num_partials, coefficient = 1, None
+    if hidden is not None or (pairs is not None and needs_hidden):
+        rows = None if hidden is None else _rows(hidden, pairs, interleaved, last_token)
+        shape = LaunchShape.for_pairs(num_pairs, hidden_size, 4, num_multiprocessors(device))
+        block_rows = 32
+        num_programs = min(cdiv(num_rows, block_rows), shape.num_programs)
+        if rows is not None:
+            shape = rows.launch_shape()
+            num_programs = num_partials = shape.num_programs
+            head_gradient = gradient.new_empty(num_partials, hidden_size + 1)
+        if pairs is not None and needs_hidden:
+            coefficient = gradient.new_empty(num_rows)
+        _sum_over_pairs_kernel[(num_programs,)](
+            None if rows is None else PairArguments.of(rows),
             gradient,
             Vector.of(loss_gradient),
-            head_gradient,
+            coefficient,
+            pairs,
+            *((0, 0) if pairs is None else pairs.stride()),
+            row_entries if coefficient is not None else None,
+            num_rows,
+            num_pairs,
+            hidden_size,
+            None if rows is None else head_gradient,
+            ROW_ENTRIES=ROW_ENTRIES,
+            BLOCK_N=block_rows,
             BLOCK_P=shape.block_rows,
             BLOCK_H=shape.block_hidden,
             ACC=acc,
             num_warps=shape.num_warps,
         )
-    needs_hidden, needs_weight, needs_bias = (tensor.numel() > 0 for tensor in result)
-    num_positions = hidden_shape[0] * (hidden_shape[1] if last_token is not None else 1)
+    num_positions = num_rows * (hidden_shape[1] if last_token is not None else 1)
     shape = LaunchShape.for_rows(num_positions if needs_hidden else 1, hidden_size, num_multiprocessors(device))
     _write_gradient_kernel[(shape.num_programs, cdiv(hidden_size, shape.block_hidden))](
         result.hidden if needs_hidden else None,
@@ -212,20 +228,18 @@ def _launch_linear_gradient(
         result.head_bias if needs_bias else None,
         gradient,
         Vector.of(loss_gradient),
+        coefficient,
         Vector.of(head_weight),
         head_gradient if needs_weight or needs_bias else None,
         num_partials,
-        pairs,
-        *((0, 0) if pairs is None else pairs.stride()),
         Vector.of(last_token),
-        hidden_shape[0],
+        num_rows,
         hidden_shape[1] if last_token is not None else 1,
         num_pairs,
         hidden_size,
         INTERLEAVED=interleaved,
         SCALE_HEAD=not upstream.per_pair,
         BLOCK_N=shape.block_rows,
-        BLOCK_P=256,
         BLOCK_H=shape.block_hidden,
         BLOCK_K=4,  # x 1024 columns: more partials at a time spill to local memory
         ACC=acc,
@@ -275,7 +289,7 @@ def _rows(hidden: Tensor, pairs: Tensor | None, interleaved: bool, last_token: T
 
 
 def _linear_gradient_fake(
-    gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, interleaved, last_token,
+    gradient, loss_gradient, head_gradient, row_entries, head_weight, hidden, pairs, interleaved, last_token,
     hidden_shape, hidden_dtype, bias_dtype, needs_hidden, needs_weight, needs_bias,
 ):  # fmt: skip
     return (
@@ -286,14 +300,15 @@ def _linear_gradient_fake(
 
 
 @define_op(
-    "linear_gradient(Tensor gradient, Tensor loss_gradient, Tensor head_gradient, Tensor head_weight, Tensor? hidden,"
-    " Tensor? pairs, bool interleaved, Tensor? last_token, SymInt[] hidden_shape, ScalarType hidden_dtype,"
-    " ScalarType bias_dtype, bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
+    "linear_gradient(Tensor gradient, Tensor loss_gradient, Tensor head_gradient, Tensor row_entries,"
+    " Tensor head_weight, Tensor? hidden, Tensor? pairs, bool interleaved, Tensor? last_token,"
+    " SymInt[] hidden_shape, ScalarType hidden_dtype, ScalarType bias_dtype,"
+    " bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
     fake=_linear_gradient_fake,
 )
 def linear_gradient(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     result = Gradients(*_linear_gradient_fake(*arguments))
-    upstream, others = Upstream(*arguments[:3]), arguments[3:9]
+    upstream, others = Upstream(*arguments[:4]), arguments[4:10]
     if upstream.gradient.shape[1] == 0:
         for tensor in result:
             tensor.zero_()

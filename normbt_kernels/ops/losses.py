@@ -9,15 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normbt_kernels.ops.backend import uses_kernels
 from normbt_kernels.ops.linear_gradient import linear_gradient
 from normbt_kernels.ops.pair_loss import CHOSEN_GRADIENT, LossOptions, Mean, Scores, pair_loss
 from normbt_kernels.ops.pairs import RowPairs, split_pairs
 
 
-def _run(rows: RowPairs, scores: Scores, mean: Mean, options: LossOptions, head_gradient: bool):
+def _run(
+    rows: RowPairs, scores: Scores, mean: Mean, options: LossOptions, head_gradient: bool = False,
+    row_entries: bool = False,
+):  # fmt: skip
     is_ema = mean.num_updates is not None
     mu, ema_mu = (None, mean.mu) if is_ema else (mean.mu, None)
-    return pair_loss(*rows, *scores, mu, mean.value, ema_mu, mean.num_updates, mean.beta, *options, head_gradient)
+    ema = mu, mean.value, ema_mu, mean.num_updates, mean.beta
+    return pair_loss(*rows, *scores, *ema, *options, head_gradient, row_entries)
 
 
 def _refuse_double_backward() -> None:
@@ -33,7 +38,7 @@ class RewardLoss(torch.autograd.Function):
     def forward(ctx, chosen_rewards, rejected_rewards, chosen, rejected, margin, pair_weight, mean, options):
         rows = RowPairs(chosen, rejected, None, None, None)
         scores = Scores(chosen_rewards, rejected_rewards, None, None, margin, pair_weight)
-        loss, pair_table, batch_table, _ = _run(rows, scores, mean, options, False)
+        loss, pair_table, batch_table, *_ = _run(rows, scores, mean, options)
         ctx.save_for_backward(pair_table)
         ctx.reward_dtypes = chosen_rewards.dtype, rejected_rewards.dtype
         ctx.mark_non_differentiable(pair_table, batch_table)
@@ -63,10 +68,15 @@ class LinearLoss(torch.autograd.Function):
         rows = split_pairs(hidden, pairs, last_token)
         scores = Scores(None, None, head_weight, head_bias, margin, pair_weight)
         per_pair = options.reduction == "none"
-        loss, pair_table, batch_table, head_gradient = _run(rows, scores, mean, options, trains_head and not per_pair)
+        # Only kernels look up a row's pairs; the closed form adds pair by pair.
+        lists = rows.pairs is not None and ctx.needs_input_grad[0] and uses_kernels(hidden.device)
+        loss, pair_table, batch_table, head_gradient, row_entries = _run(
+            rows, scores, mean, options, trains_head and not per_pair, lists
+        )
         ctx.save_for_backward(
             pair_table,
             head_gradient,
+            row_entries,
             head_weight,
             pairs if isinstance(pairs, Tensor) else None,
             last_token,
@@ -84,11 +94,11 @@ class LinearLoss(torch.autograd.Function):
         _refuse_double_backward()
         if loss_gradient is None:
             return (None,) * 10
-        pair_table, head_gradient, head_weight, pairs, last_token, hidden = ctx.saved_tensors
+        pair_table, head_gradient, row_entries, head_weight, pairs, last_token, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         gradients = linear_gradient(
-            pair_table[CHOSEN_GRADIENT:], loss_gradient, head_gradient, head_weight, hidden, pairs, ctx.interleaved,
-            last_token, ctx.hidden_shape, ctx.hidden_dtype, ctx.bias_dtype, *needs,
+            pair_table[CHOSEN_GRADIENT:], loss_gradient, head_gradient, row_entries, head_weight, hidden, pairs,
+            ctx.interleaved, last_token, ctx.hidden_shape, ctx.hidden_dtype, ctx.bias_dtype, *needs,
         )  # fmt: skip
         wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
         return *wanted, None, None, None, None, None, None, None

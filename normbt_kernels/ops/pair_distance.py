@@ -9,31 +9,30 @@ from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import on_device, triton_dtype, uses_kernels
-from normbt_kernels.ops.launch import LaunchShape
 from normbt_kernels.ops.library import define_op
-from normbt_kernels.ops.pairs import PairArguments, RowPairs, accumulate_dtype, measure_distance
+from normbt_kernels.ops.pairs import PairArguments, RowPairs, accumulate_dtype, load_tile, locate_pairs
 
 
 @triton.jit
-def _measure_distance_kernel(
-    rows, distance_ptr, distance_sum_ptr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr
-):
-    total = tl.zeros([BLOCK_P], ACC)
+def _measure_distance_kernel(rows, distance_ptr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr):
     for block in range(tl.program_id(0), tl.cdiv(rows.num_pairs, BLOCK_P), tl.num_programs(0)):
         pair = block * BLOCK_P + tl.arange(0, BLOCK_P)
-        distance = measure_distance(rows, pair, BLOCK_P, BLOCK_H, ACC)
+        chosen_offset, rejected_offset, exists = locate_pairs(rows, pair)
+        square = tl.zeros([BLOCK_P, BLOCK_H], ACC)
+        for start in range(0, rows.hidden_size, BLOCK_H):
+            columns = start + tl.arange(0, BLOCK_H)
+            chosen = load_tile(rows, rows.chosen, chosen_offset, exists, columns, ACC)
+            delta = chosen - load_tile(rows, rows.rejected, rejected_offset, exists, columns, ACC)
+            square += delta * delta
+        distance = tl.where(exists, tl.sqrt(tl.sum(square, axis=1)), float("nan"))
         tl.store(distance_ptr + pair, distance, mask=pair < rows.num_pairs)
-        total += distance
-    if distance_sum_ptr is not None:
-        tl.store(distance_sum_ptr + tl.program_id(0), tl.sum(total))
 
 
-def launch_measure_distance(rows: RowPairs, distance: Tensor, shape: LaunchShape, distance_sum: Tensor | None) -> None:
-    """Writes rho into `distance` (P,), and each program's sum of it into `distance_sum` (programs,) if given."""
+def _launch_measure_distance(rows: RowPairs, distance: Tensor) -> None:
+    shape = rows.launch_shape()
     _measure_distance_kernel[(shape.num_programs,)](
         PairArguments.of(rows),
         distance,
-        distance_sum,
         BLOCK_P=shape.block_rows,
         BLOCK_H=shape.block_hidden,
         ACC=triton_dtype(distance.dtype),
@@ -61,7 +60,7 @@ def pair_distance(
         return distance
     if uses_kernels(chosen.device):
         with on_device(chosen.device):
-            launch_measure_distance(rows, distance, rows.launch_shape(), None)
+            _launch_measure_distance(rows, distance)
         return distance
     for block in rows.blocks():
         chosen_rows, rejected_rows = rows.gather(block, distance.dtype)

@@ -8,14 +8,15 @@
 
 mu is known before the batch, so g is known as soon as a pair has been read, and the head's gradient
 sum_p (g delta + k (h_c + h_r)) is accumulated while the rows are still in registers: backward reads no rows.
-Where mu is this batch's own mean, one more launch measures the distances first; without a cap and centering it
-multiplies the results afterwards instead, and the rows are read once.
 
-Bytes: reads 2*P*H*s once. A row longer than `LaunchShape.block_hidden` is loaded a second time for the head's
-gradient, soon enough to be still in the L2 cache. While an EMA has no value yet (the first batch), every program
-reads all rows for itself, because the host does not know that it must measure them first.
+Where mu is this batch's own mean (none is given, or an EMA has no value yet, which only the device knows), the pass
+goes by provisional weights 1 / (rho + eps), and leaves behind what a weight multiplies. The reduction, which knows the
+mean, weighs each pair, and multiplies the head's gradient by the mean. Only the pairs that the cap then holds are read
+again, to mend their part in it. (With centering, which no weight may touch, all of them are.)
+
+Bytes: reads 2*P*H*s once. Rows too long for the registers of one program (`LaunchShape.block_hidden`) are read twice.
 Launches: rows, then a reduction of the programs' partial sums in a fixed order, so the same inputs give the
-same bits. The reduction also updates the EMA.
+same bits. The reduction also updates the EMA, and lists for each row the explicit pairs that it serves in.
 """
 
 from typing import NamedTuple
@@ -29,7 +30,6 @@ from normbt_kernels.ops.backend import on_device, triton_dtype, uses_kernels
 from normbt_kernels.ops.ema import update_ema, update_ema_
 from normbt_kernels.ops.launch import cdiv, next_power_of_2
 from normbt_kernels.ops.library import define_op
-from normbt_kernels.ops.pair_distance import launch_measure_distance
 from normbt_kernels.ops.pairs import (
     PairArguments,
     RowPairs,
@@ -37,13 +37,17 @@ from normbt_kernels.ops.pairs import (
     accumulate_dtype,
     load_tile,
     locate_pairs,
-    measure_distance,
 )
 
 # Rows of the (6, P) table of per-pair results.
 DISTANCE, WEIGHT, CHOSEN_REWARD, REJECTED_REWARD, CHOSEN_GRADIENT, REJECTED_GRADIENT = range(6)
 # Entries of the (5,) table of batch results. The last two are what ranks add up to share one mean.
 MEAN_DISTANCE, BT_LOSS, ACCURACY, DISTANCE_SUM, NUM_PAIRS = range(5)
+# What each program leaves behind: sums of loss, distance, BT loss, correct pairs and bias gradient; its least distance;
+# and whether mu was known.
+NUM_PARTIALS = 7
+# How many of its pairs are listed for each row: enough for 17 answers to a prompt, all ranked against each other.
+ROW_ENTRIES = 16
 
 
 class LossOptions(NamedTuple):
@@ -88,6 +92,7 @@ class PairLossResult(NamedTuple):
     pair_table: Tensor  # (6, P)
     batch_table: Tensor  # (5,)
     head_gradient: Tensor  # (H + 1,) of weight and bias for an upstream gradient of 1; (0,) if not asked for
+    row_entries: Tensor  # (1 + ROW_ENTRIES, N) int32: which pairs each row serves in; (0,) if not asked for
 
 
 class ScoreArguments(NamedTuple):
@@ -115,36 +120,97 @@ def load_each(vector, pair, exists, ACC: tl.constexpr):
 
 
 @triton.jit
-def _pair_loss_kernel(
-    rows, scores, mu_ptr, mu_value: "fp64", num_updates_ptr, distance_sum_ptr,  # noqa: F821
-    loss_ptr, pair_table_ptr, partial_ptr, head_partial_ptr,
-    LABEL_SMOOTHING: tl.constexpr, CENTER_COEF: tl.constexpr, EPS: tl.constexpr, MAX_WEIGHT: tl.constexpr,
-    MEAN: tl.constexpr, PROGRAMS: tl.constexpr, DISTANCE_KNOWN: tl.constexpr, ONE_BLOCK: tl.constexpr,
+def weigh(distance, mu, EPS: tl.constexpr, MAX_WEIGHT: tl.constexpr):
+    """w = min(mu / (rho + eps), max_weight); a NaN distance stays NaN, which tl.minimum would not let it."""
+    weight = mu / (distance + EPS)
+    if MAX_WEIGHT is not None:
+        weight = tl.where(weight > MAX_WEIGHT, MAX_WEIGHT, weight)
+    return weight
+
+
+@triton.jit
+def weigh_provisionally(distance, EPS: tl.constexpr, CENTER_COEF: tl.constexpr):
+    """What stands for the weight in the head's gradient until mu is known, and then is multiplied by mu.
+
+    Finite where the distance is 0. With centering, which no weight may multiply, the head's gradient is nothing else.
+    """
+    if CENTER_COEF != 0:
+        weight = tl.zeros_like(distance)
+    else:
+        weight = 1.0 / (distance + EPS)
+        weight = tl.where(weight > 1e30, 1e30, weight)
+    return weight
+
+
+@triton.jit
+def must_mend(distance, mean, EPS: tl.constexpr, CENTER_COEF: tl.constexpr, MAX_WEIGHT: tl.constexpr):
+    """Whether mean times the provisional weight is not the weight: a pair at this distance, or a nearer one."""
+    if CENTER_COEF != 0:
+        mends = distance < float("inf")
+    elif MAX_WEIGHT is None:
+        mends = distance < 0
+    else:
+        mends = mean > MAX_WEIGHT * (distance + EPS)
+    return mends
+
+
+@triton.jit
+def accumulate_head_gradient(
+    rows, gradient_ptr, upstream_ptr, upstream_stride, slot,
     BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums g delta + k (h_c + h_r) over this program's pairs into `slot`, one block of columns after the other.
+
+    Returns the sum of 2 k, which is the bias's gradient.
+    """
+    num_pairs = tl.cast(rows.num_pairs, tl.int64)
+    bias_gradient = tl.zeros([BLOCK_P], ACC)
+    for start in range(0, rows.hidden_size, BLOCK_H):
+        columns = start + tl.arange(0, BLOCK_H)
+        total = tl.zeros([BLOCK_H], ACC)
+        for block in range(tl.program_id(0), tl.cdiv(rows.num_pairs, BLOCK_P), tl.num_programs(0)):
+            pair = block * BLOCK_P + tl.arange(0, BLOCK_P)
+            in_range = pair < num_pairs
+            chosen_offset, rejected_offset, exists = locate_pairs(rows, pair)
+            chosen_gradient = tl.load(gradient_ptr + pair, mask=in_range, other=0.0)
+            rejected_gradient = tl.load(gradient_ptr + num_pairs + pair, mask=in_range, other=0.0)
+            if upstream_ptr is not None:
+                upstream_gradient = tl.load(upstream_ptr + pair * upstream_stride, mask=in_range, other=0.0).to(ACC)
+                chosen_gradient *= upstream_gradient
+                rejected_gradient *= upstream_gradient
+            chosen = load_tile(rows, rows.chosen, chosen_offset, exists, columns, ACC)
+            rejected = load_tile(rows, rows.rejected, rejected_offset, exists, columns, ACC)
+            gradient = 0.5 * (chosen_gradient - rejected_gradient)
+            centering = 0.5 * (chosen_gradient + rejected_gradient)
+            part = gradient[:, None] * (chosen - rejected) + centering[:, None] * (chosen + rejected)
+            total += tl.sum(part, axis=0)
+            if start == 0:
+                bias_gradient += 2.0 * centering
+        tl.store(slot + columns, total, mask=columns < rows.hidden_size)
+    return tl.sum(bias_gradient)
+
+
+@triton.jit
+def _pair_loss_kernel(
+    rows, scores, mu_ptr, mu_value: "fp64", num_updates_ptr,  # noqa: F821
+    loss_ptr, pair_table_ptr, unweighted_ptr, partial_ptr, head_partial_ptr, row_entries_ptr,
+    OWN_MEAN: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr, CENTER_COEF: tl.constexpr, EPS: tl.constexpr, MAX_WEIGHT: tl.constexpr,
+    MEAN: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     num_pairs = tl.cast(rows.num_pairs, tl.int64)
-    pair_count = tl.cast(rows.num_pairs, ACC)
     num_blocks = tl.cdiv(rows.num_pairs, BLOCK_P)
     LINEAR: tl.constexpr = scores.head_weight.ptr is not None
 
-    # 1. mu: given; or the mean of the distances that the launch before has summed; or an EMA that, while it
-    #    has no value yet, is replaced by the mean that every program then computes for itself.
-    if distance_sum_ptr is not None:
-        index = tl.arange(0, PROGRAMS)
-        mu = tl.sum(tl.load(distance_sum_ptr + index, mask=index < num_programs, other=0.0)) / pair_count
-    elif mu_ptr is not None:
+    # 1. mu, unless it is this batch's own mean, which is not known yet
+    mu = tl.sum(tl.full([1], mu_value, ACC))
+    if mu_ptr is not None:
         mu = tl.load(mu_ptr).to(ACC)
-        if num_updates_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other on the device)
-            if tl.load(num_updates_ptr) == 0:
-                total = tl.zeros([BLOCK_P], ACC)
-                for block in range(0, num_blocks):
-                    pair = block * BLOCK_P + tl.arange(0, BLOCK_P)
-                    total += measure_distance(rows, pair, BLOCK_P, BLOCK_H, ACC)
-                mu = tl.sum(total) / pair_count
-    else:
-        mu = tl.sum(tl.full([1], mu_value, ACC))
+    mu_is_known = not OWN_MEAN
+    if num_updates_ptr is not None:
+        mu_is_known = tl.load(num_updates_ptr) > 0
 
     # 2. what stays in registers for all of this program's pairs
     first_columns = tl.arange(0, BLOCK_H)
@@ -153,22 +219,15 @@ def _pair_loss_kernel(
     if LINEAR and scores.head_bias.ptr is not None:
         bias = tl.load(scores.head_bias.ptr).to(ACC)
     head_gradient = tl.zeros([BLOCK_H], ACC)
-    head_slot = head_partial_ptr
-    if head_partial_ptr is not None:
-        head_slot += program * (rows.hidden_size + 1)
-        if not ONE_BLOCK:
-            for start in range(0, rows.hidden_size, BLOCK_H):
-                columns = start + first_columns
-                tl.store(head_slot + columns, head_gradient, mask=columns < rows.hidden_size)
-            tl.debug_barrier()
     distance_sum = tl.zeros([BLOCK_P], ACC)
     loss_sum = tl.zeros([BLOCK_P], ACC)
     bt_loss_sum = tl.zeros([BLOCK_P], ACC)
     correct_sum = tl.zeros([BLOCK_P], ACC)
     bias_gradient = tl.zeros([BLOCK_P], ACC)
+    least_distance = tl.full([BLOCK_P], float("inf"), ACC)  # but for 0, where delta is 0 whatever weighs it
     scale = 1.0
     if MEAN:
-        scale = 1.0 / pair_count
+        scale = 1.0 / tl.cast(rows.num_pairs, ACC)
 
     for block in range(program, num_blocks, num_programs):
         pair = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -176,16 +235,15 @@ def _pair_loss_kernel(
         chosen_offset, rejected_offset, exists = locate_pairs(rows, pair)
 
         # 3. read both rows: rho, and of a linear head d and r_r
-        if DISTANCE_KNOWN:
-            distance = tl.load(pair_table_ptr + pair, mask=in_range, other=0.0)
-        elif ONE_BLOCK:
+        if ONE_BLOCK:
             chosen = load_tile(rows, rows.chosen, chosen_offset, exists, first_columns, ACC)
             rejected = load_tile(rows, rows.rejected, rejected_offset, exists, first_columns, ACC)
             delta = chosen - rejected
-            distance = tl.sqrt(tl.sum(delta * delta, axis=1))
             if LINEAR:
+                # Before the distance: the other order spills registers of sm_100 at H=16384.
                 difference = tl.sum(delta * head[None, :], axis=1)
                 rejected_reward = tl.sum(rejected * head[None, :], axis=1)
+            distance = tl.sqrt(tl.sum(delta * delta, axis=1))
         else:
             square = tl.zeros([BLOCK_P, BLOCK_H], ACC)
             delta_dot = tl.zeros([BLOCK_P, BLOCK_H], ACC)
@@ -214,23 +272,25 @@ def _pair_loss_kernel(
             chosen_reward = load_each(scores.chosen_rewards, pair, in_range, ACC)
         distance = tl.where(exists, distance, float("nan"))
 
-        # 4. the loss of each pair
+        # 4. the loss of each pair and its gradient, before and after the weight multiplies them
         z = difference
         if scores.margin.ptr is not None:
             z -= load_each(scores.margin, pair, in_range, ACC)
-        weight = mu / (distance + EPS)
-        if MAX_WEIGHT is not None:
-            # Not tl.minimum: a NaN weight must stay NaN.
-            weight = tl.where(weight > MAX_WEIGHT, tl.full([BLOCK_P], MAX_WEIGHT, ACC), weight)
-        scaled_weight = weight
-        if scores.pair_weight.ptr is not None:
-            scaled_weight *= load_each(scores.pair_weight, pair, in_range, ACC)
         log1p_exp, sigmoid_minus_z = log1p_exp_and_sigmoid(z)
         bt_loss = tl.where(z < 0, -z, 0.0) + log1p_exp
         if LABEL_SMOOTHING != 0:
             bt_loss += LABEL_SMOOTHING * z
-        loss = scaled_weight * bt_loss
-        gradient = scaled_weight * (LABEL_SMOOTHING - sigmoid_minus_z) * scale
+        unweighted_loss = bt_loss
+        unweighted_gradient = (LABEL_SMOOTHING - sigmoid_minus_z) * scale
+        if scores.pair_weight.ptr is not None:
+            pair_weight = load_each(scores.pair_weight, pair, in_range, ACC)
+            unweighted_loss *= pair_weight
+            unweighted_gradient *= pair_weight
+        weight = weigh(distance, mu, EPS, MAX_WEIGHT)
+        if OWN_MEAN or num_updates_ptr is not None:
+            weight = tl.where(mu_is_known, weight, weigh_provisionally(distance, EPS, CENTER_COEF))
+        loss = weight * unweighted_loss
+        gradient = weight * unweighted_gradient
         centering = tl.zeros([BLOCK_P], ACC)
         if CENTER_COEF != 0:
             reward_sum = chosen_reward + rejected_reward
@@ -247,44 +307,57 @@ def _pair_loss_kernel(
         tl.store(out + 5 * num_pairs, centering - gradient, mask=in_range)
         if loss_ptr is not None:
             tl.store(loss_ptr + pair, loss, mask=in_range)
+        if unweighted_ptr is not None:
+            needed = in_range & (not mu_is_known)
+            tl.store(unweighted_ptr + pair, unweighted_loss, mask=needed)
+            tl.store(unweighted_ptr + num_pairs + pair, unweighted_gradient, mask=needed)
+            nearer = in_range & (distance > 0) & (distance < least_distance)
+            least_distance = tl.where(nearer, distance, least_distance)
         distance_sum += tl.where(in_range, distance, 0.0)
         loss_sum += tl.where(in_range, loss, 0.0)
         bt_loss_sum += tl.where(in_range, bt_loss, 0.0)
         correct_sum += tl.where(in_range & (difference > 0), 1.0, 0.0)
 
         # 6. the head's gradient, from the same registers
-        if head_partial_ptr is not None:
-            gradient = tl.where(in_range, gradient, 0.0)[:, None]
-            centering = tl.where(in_range, centering, 0.0)
-            bias_gradient += 2.0 * centering
-            if ONE_BLOCK:
-                part = gradient * delta
-                if CENTER_COEF != 0:
-                    part += centering[:, None] * (chosen + rejected)
-                head_gradient += tl.sum(part, axis=0)
+        if head_partial_ptr is not None and ONE_BLOCK:
+            gradient = tl.where(in_range, gradient, 0.0)
+            if CENTER_COEF != 0:
+                # g delta + k (h_c + h_r), without h_c: a row less to keep in registers
+                centering = tl.where(in_range, centering, 0.0)
+                part = (gradient + centering)[:, None] * delta + (2.0 * centering)[:, None] * rejected
+                bias_gradient += 2.0 * centering
             else:
-                for start in range(0, rows.hidden_size, BLOCK_H):
-                    columns = start + first_columns
-                    chosen = load_tile(rows, rows.chosen, chosen_offset, exists, columns, ACC)
-                    rejected = load_tile(rows, rows.rejected, rejected_offset, exists, columns, ACC)
-                    part = gradient * (chosen - rejected)
-                    if CENTER_COEF != 0:
-                        part += centering[:, None] * (chosen + rejected)
-                    mask = columns < rows.hidden_size
-                    so_far = tl.load(head_slot + columns, mask=mask, other=0.0)
-                    tl.store(head_slot + columns, so_far + tl.sum(part, axis=0), mask=mask)
-                # The next pairs of this program add to the same slots, perhaps from other threads.
-                tl.debug_barrier()
+                part = gradient[:, None] * delta
+            head_gradient += tl.sum(part, axis=0)
 
     # 7. this program's partial sums
-    tl.store(partial_ptr + program, tl.sum(loss_sum))
-    tl.store(partial_ptr + num_programs + program, tl.sum(distance_sum))
-    tl.store(partial_ptr + 2 * num_programs + program, tl.sum(bt_loss_sum))
-    tl.store(partial_ptr + 3 * num_programs + program, tl.sum(correct_sum))
+    bias_gradient_sum = tl.sum(bias_gradient)
     if head_partial_ptr is not None:
-        tl.store(head_slot + rows.hidden_size, tl.sum(bias_gradient))
+        slot = head_partial_ptr + program * tl.cast(rows.hidden_size, tl.int64)
         if ONE_BLOCK:
-            tl.store(head_slot + first_columns, head_gradient, mask=first_columns < rows.hidden_size)
+            tl.store(slot + first_columns, head_gradient, mask=first_columns < rows.hidden_size)
+        else:
+            tl.debug_barrier()  # what one thread wrote to the table, others read
+            bias_gradient_sum = accumulate_head_gradient(
+                rows, pair_table_ptr + 4 * num_pairs, None, 0, slot, BLOCK_P, BLOCK_H, ACC
+            )
+    partial = partial_ptr + program
+    tl.store(partial, tl.sum(loss_sum))
+    tl.store(partial + num_programs, tl.sum(distance_sum))
+    tl.store(partial + 2 * num_programs, tl.sum(bt_loss_sum))
+    tl.store(partial + 3 * num_programs, tl.sum(correct_sum))
+    tl.store(partial + 4 * num_programs, bias_gradient_sum)
+    if OWN_MEAN or num_updates_ptr is not None:
+        tl.store(partial + 5 * num_programs, tl.min(least_distance))
+    if num_updates_ptr is not None:
+        # The reduction's programs cannot ask the EMA itself, which the first of them updates.
+        tl.store(partial + 6 * num_programs, tl.where(mu_is_known, 1.0, 0.0).to(ACC))
+
+    # 8. empty lists of each row's pairs, for the reduction to fill
+    if row_entries_ptr is not None:
+        for start in range(program * 1024, rows.num_rows, num_programs * 1024):
+            row = start + tl.arange(0, 1024)
+            tl.store(row_entries_ptr + row, tl.zeros([1024], tl.int32), mask=row < rows.num_rows)
 
 
 @triton.jit
@@ -301,33 +374,109 @@ def sum_partials(partial_ptr, num_partials, columns, num_columns, BLOCK_K: tl.co
 
 @triton.jit
 def _finalise_kernel(
-    partial_ptr, num_partials, num_pairs, loss_ptr, batch_table_ptr, mu_ptr, num_updates_ptr,
-    head_partial_ptr, head_gradient_ptr, num_columns,
-    MEAN: tl.constexpr, BETA: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
-    ACC: tl.constexpr,
+    rows, partial_ptr, num_partials, loss_ptr, pair_table_ptr, unweighted_ptr, batch_table_ptr, mu_ptr, num_updates_ptr,
+    head_partial_ptr, head_gradient_ptr, row_entries_ptr,
+    OWN_MEAN: tl.constexpr, BETA: tl.constexpr,
+    CENTER_COEF: tl.constexpr, EPS: tl.constexpr, MAX_WEIGHT: tl.constexpr,
+    MEAN: tl.constexpr, PER_PAIR: tl.constexpr, ROW_ENTRIES: tl.constexpr, PROGRAMS: tl.constexpr,
+    SCAN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    num_pairs = tl.cast(rows.num_pairs, tl.int64)
+    pair_count = tl.cast(rows.num_pairs, ACC)
+    index = tl.arange(0, PROGRAMS)
+    is_partial = index < num_partials
+    distance_sum = tl.sum(tl.load(partial_ptr + num_partials + index, mask=is_partial, other=0.0), axis=0)
+    mean_distance = distance_sum / pair_count
+    mu_is_known = not OWN_MEAN
+    if num_updates_ptr is not None:
+        mu_is_known = tl.load(partial_ptr + 6 * num_partials) > 0
+
     # 1. each program: its columns of the head's gradient
     if head_gradient_ptr is not None:
-        columns = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-        total = sum_partials(head_partial_ptr, num_partials, columns, num_columns, BLOCK_K, BLOCK_H, ACC)
-        tl.store(head_gradient_ptr + columns, total, mask=columns < num_columns)
-    # 2. the first program: the batch's results and the EMA
-    if tl.program_id(0) == 0:
-        index = tl.arange(0, PROGRAMS)
-        mask = index < num_partials
-        pairs = tl.cast(num_pairs, ACC)
-        loss = tl.sum(tl.load(partial_ptr + index, mask=mask, other=0.0))
-        distance = tl.sum(tl.load(partial_ptr + num_partials + index, mask=mask, other=0.0))
-        bt_loss = tl.sum(tl.load(partial_ptr + 2 * num_partials + index, mask=mask, other=0.0))
-        correct = tl.sum(tl.load(partial_ptr + 3 * num_partials + index, mask=mask, other=0.0))
-        mean_distance = distance / pairs
+        columns = program * BLOCK_H + tl.arange(0, BLOCK_H)
+        total = sum_partials(head_partial_ptr, num_partials, columns, rows.hidden_size, BLOCK_K, BLOCK_H, ACC)
+        if unweighted_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other on the device)
+            if not mu_is_known:
+                if CENTER_COEF == 0:
+                    total *= mean_distance
+                least = tl.load(partial_ptr + 5 * num_partials + index, mask=is_partial, other=float("inf"))
+                if must_mend(tl.min(least, axis=0), mean_distance, EPS, CENTER_COEF, MAX_WEIGHT):
+                    for start in range(0, rows.num_pairs, BLOCK_P):
+                        pair = start + tl.arange(0, BLOCK_P)
+                        distance = tl.load(pair_table_ptr + pair, mask=pair < num_pairs, other=float("inf"))
+                        mends = must_mend(distance, mean_distance, EPS, CENTER_COEF, MAX_WEIGHT) & (distance > 0)
+                        if tl.max(mends.to(tl.int32), axis=0) > 0:
+                            weight = weigh(distance, mean_distance, EPS, MAX_WEIGHT)
+                            weight -= mean_distance * weigh_provisionally(distance, EPS, CENTER_COEF)
+                            gradient = tl.load(unweighted_ptr + num_pairs + pair, mask=mends, other=0.0)
+                            gradient = tl.where(mends, weight * gradient, 0.0)
+                            chosen_offset, rejected_offset, exists = locate_pairs(rows, pair)
+                            chosen = load_tile(rows, rows.chosen, chosen_offset, exists & mends, columns, ACC)
+                            rejected = load_tile(rows, rows.rejected, rejected_offset, exists & mends, columns, ACC)
+                            total += tl.sum(gradient[:, None] * (chosen - rejected), axis=0)
+        tl.store(head_gradient_ptr + columns, total, mask=columns < rows.hidden_size)
+
+    # 2. each program: some of the pairs, weighed by the mean that is known now; the first sums the loss of all
+    loss_sum = tl.zeros([SCAN], ACC)
+    if unweighted_ptr is not None:  # noqa: SIM102
+        if not mu_is_known:
+            num_steps = tl.cdiv(rows.num_pairs, SCAN)
+            stride = tl.where(program == 0, 1, num_programs)
+            for step in range(program, num_steps, stride):
+                pair = step * SCAN + tl.arange(0, SCAN)
+                in_range = pair < num_pairs
+                writes = in_range & (pair // SCAN % num_programs == program)
+                table = pair_table_ptr + pair
+                weight = weigh(tl.load(table, mask=in_range, other=1.0), mean_distance, EPS, MAX_WEIGHT)
+                loss = weight * tl.load(unweighted_ptr + pair, mask=in_range, other=0.0)
+                gradient = weight * tl.load(unweighted_ptr + num_pairs + pair, mask=writes, other=0.0)
+                centering = tl.zeros([SCAN], ACC)
+                if CENTER_COEF != 0:
+                    reward_sum = tl.load(table + 2 * num_pairs, mask=in_range, other=0.0)
+                    reward_sum += tl.load(table + 3 * num_pairs, mask=in_range, other=0.0)
+                    loss += CENTER_COEF * reward_sum * reward_sum
+                    centering = 2.0 * CENTER_COEF * reward_sum
+                    if MEAN:
+                        centering = centering / pair_count
+                tl.store(table + 1 * num_pairs, weight, mask=writes)
+                tl.store(table + 4 * num_pairs, gradient + centering, mask=writes)
+                tl.store(table + 5 * num_pairs, centering - gradient, mask=writes)
+                if PER_PAIR:
+                    tl.store(loss_ptr + pair, loss, mask=writes)
+                loss_sum += tl.where(in_range, loss, 0.0)
+
+    # 3. each program: some of the explicit pairs, entered in the lists of their two rows
+    if row_entries_ptr is not None:
+        for start in range(program * SCAN, 2 * rows.num_pairs, num_programs * SCAN):
+            entry = start + tl.arange(0, SCAN)
+            side = entry // num_pairs
+            row_ptr = rows.index_ptr + (entry % num_pairs) * rows.index_stride + side * rows.index_side_stride
+            row = tl.load(row_ptr, mask=entry < 2 * num_pairs, other=-1)
+            exists = (row >= 0) & (row < rows.num_rows)
+            place = tl.atomic_add(row_entries_ptr + row, 1, mask=exists, sem="relaxed")
+            out = row_entries_ptr + (1 + place.to(tl.int64)) * rows.num_rows + row
+            tl.store(out, entry, mask=exists & (place < ROW_ENTRIES))
+
+    # 4. the first program: the batch's results and the EMA
+    if program == 0:
+        partial = partial_ptr + index
+        loss = tl.sum(tl.load(partial, mask=is_partial, other=0.0), axis=0)
+        if unweighted_ptr is not None:
+            loss = tl.where(mu_is_known, loss, tl.sum(loss_sum, axis=0))
+        bt_loss = tl.sum(tl.load(partial + 2 * num_partials, mask=is_partial, other=0.0), axis=0)
+        correct = tl.sum(tl.load(partial + 3 * num_partials, mask=is_partial, other=0.0), axis=0)
         tl.store(batch_table_ptr + 0, mean_distance)
-        tl.store(batch_table_ptr + 1, bt_loss / pairs)
-        tl.store(batch_table_ptr + 2, correct / pairs)
-        tl.store(batch_table_ptr + 3, distance)
-        tl.store(batch_table_ptr + 4, pairs)
-        if loss_ptr is not None:
-            tl.store(loss_ptr, loss / pairs if MEAN else loss)
+        tl.store(batch_table_ptr + 1, bt_loss / pair_count)
+        tl.store(batch_table_ptr + 2, correct / pair_count)
+        tl.store(batch_table_ptr + 3, distance_sum)
+        tl.store(batch_table_ptr + 4, pair_count)
+        if head_gradient_ptr is not None:
+            bias_gradient = tl.load(partial + 4 * num_partials, mask=is_partial, other=0.0)
+            tl.store(head_gradient_ptr + rows.hidden_size, tl.sum(bias_gradient, axis=0))
+        if not PER_PAIR:
+            tl.store(loss_ptr, loss / pair_count if MEAN else loss)
         if BETA is not None:
             update_ema(mu_ptr, num_updates_ptr, mean_distance, BETA)
 
@@ -335,68 +484,74 @@ def _finalise_kernel(
 def _launch_pair_loss(
     rows: RowPairs, scores: Scores, mean: Mean, options: LossOptions, result: PairLossResult
 ) -> PairLossResult:
-    own_mean = mean.mu is None and mean.value is None
-    if own_mean and options.max_weight is None and options.center_coef == 0:
-        # Without a cap and centering, mu is a factor of everything: one read with mu = 1, and the mean at the end.
-        _launch_pair_loss(rows, scores, mean._replace(value=1.0), options, result)
-        scaled = [result.loss, result.pair_table[WEIGHT], result.pair_table[CHOSEN_GRADIENT:], result.head_gradient]
-        torch._foreach_mul_(scaled, result.batch_table[MEAN_DISTANCE])
-        return result
-    shape = rows.launch_shape()
+    shape = rows.launch_shape(centers=options.center_coef != 0)
     device, dtype = rows.chosen.device, result.pair_table.dtype
+    own_mean = mean.mu is None and mean.value is None
     per_pair = options.reduction == "none"
-    has_head_gradient = result.head_gradient.numel() > 0
-    num_columns = rows.hidden_size + 1
-    partial = torch.empty(4, shape.num_programs, device=device, dtype=dtype)
-    head_partial = (
-        torch.empty(shape.num_programs, num_columns, device=device, dtype=dtype) if has_head_gradient else None
-    )
-    distance_sum = torch.empty(shape.num_programs, device=device, dtype=dtype) if own_mean else None
-    if own_mean:
-        launch_measure_distance(rows, result.pair_table[DISTANCE], shape, distance_sum)
+    head_gradient = result.head_gradient if result.head_gradient.numel() > 0 else None
+    row_entries = result.row_entries if result.row_entries.numel() > 0 else None
+
+    def workspace(wanted: bool, *size: int) -> Tensor | None:
+        return torch.empty(size, device=device, dtype=dtype) if wanted else None
+
+    partial = workspace(True, NUM_PARTIALS, shape.num_programs)
+    head_partial = workspace(head_gradient is not None, shape.num_programs, rows.hidden_size)
+    unweighted = workspace(own_mean or mean.num_updates is not None, 2, rows.num_pairs)
     constants = {
+        "OWN_MEAN": own_mean,
+        "CENTER_COEF": options.center_coef,
+        "EPS": options.eps,
+        "MAX_WEIGHT": options.max_weight,
         "MEAN": options.reduction == "mean",
-        "PROGRAMS": next_power_of_2(shape.num_programs),
         "ACC": triton_dtype(dtype),
     }
+    row_arguments = PairArguments.of(rows)
     _pair_loss_kernel[(shape.num_programs,)](
-        PairArguments.of(rows),
+        row_arguments,
         ScoreArguments(*(Vector.of(tensor) for tensor in scores)),
         mean.mu,
         mean.value or 0.0,
         mean.num_updates,
-        distance_sum,
         result.loss if per_pair else None,
         result.pair_table,
+        unweighted,
         partial,
         head_partial,
+        row_entries,
         LABEL_SMOOTHING=options.label_smoothing,
-        CENTER_COEF=options.center_coef,
-        EPS=options.eps,
-        MAX_WEIGHT=options.max_weight,
-        # Rewards that are given need the rows for nothing but the distance, which is then known already.
-        DISTANCE_KNOWN=own_mean and scores.head_weight is None,
         ONE_BLOCK=shape.block_hidden >= rows.hidden_size,
         BLOCK_P=shape.block_rows,
         BLOCK_H=shape.block_hidden,
         num_warps=shape.num_warps,
         **constants,
     )
-    block_columns = 64
-    _finalise_kernel[(cdiv(num_columns, block_columns) if has_head_gradient else 1,)](
+    block_hidden, scan = 32, 1024
+    num_programs = 1
+    if head_gradient is not None:
+        num_programs = cdiv(rows.hidden_size, block_hidden)
+    if unweighted is not None or row_entries is not None:
+        num_programs = max(num_programs, min(cdiv(2 * rows.num_pairs, scan), 64))
+    _finalise_kernel[(num_programs,)](
+        row_arguments,
         partial,
         shape.num_programs,
-        rows.num_pairs,
-        None if per_pair else result.loss,
+        result.loss,
+        result.pair_table,
+        unweighted,
         result.batch_table,
         mean.mu,
         mean.num_updates,
         head_partial,
-        result.head_gradient if has_head_gradient else None,
-        num_columns,
+        head_gradient,
+        row_entries,
         BETA=mean.beta,
-        BLOCK_K=32,
-        BLOCK_H=block_columns,
+        PER_PAIR=per_pair,
+        ROW_ENTRIES=ROW_ENTRIES,
+        PROGRAMS=next_power_of_2(shape.num_programs),
+        SCAN=scan,
+        BLOCK_K=128,
+        BLOCK_P=32,
+        BLOCK_H=block_hidden,
         num_warps=4,
         **constants,
     )
@@ -498,7 +653,7 @@ def _pair_loss_fake(
     chosen, rejected, pairs, chosen_token, rejected_token,
     chosen_rewards, rejected_rewards, head_weight, head_bias, margin, pair_weight,
     mu, mu_value, ema_mu, ema_num_updates, beta,
-    label_smoothing, center_coef, eps, max_weight, reduction, head_gradient,
+    label_smoothing, center_coef, eps, max_weight, reduction, head_gradient, row_entries,
 ):  # fmt: skip
     dtype = accumulate_dtype(chosen, rejected, chosen_rewards, rejected_rewards, head_weight, head_bias)
     num_pairs = chosen.shape[0] if pairs is None else pairs.shape[0]
@@ -507,6 +662,7 @@ def _pair_loss_fake(
         chosen.new_empty((6, num_pairs), dtype=dtype),
         chosen.new_empty(5, dtype=dtype),
         chosen.new_empty(chosen.shape[-1] + 1 if head_gradient else 0, dtype=dtype),
+        chosen.new_empty((1 + ROW_ENTRIES, chosen.shape[0]) if row_entries else (0,), dtype=torch.int32),
     )
 
 
@@ -515,11 +671,12 @@ def _pair_loss_fake(
     " Tensor? chosen_rewards, Tensor? rejected_rewards, Tensor? head_weight, Tensor? head_bias,"
     " Tensor? margin, Tensor? pair_weight,"
     " Tensor? mu, float? mu_value, Tensor(a!)? ema_mu, Tensor(b!)? ema_num_updates, float? beta,"
-    " float label_smoothing, float center_coef, float eps, float? max_weight, str reduction, bool head_gradient)"
-    " -> (Tensor loss, Tensor pair_table, Tensor batch_table, Tensor head_gradient)",
+    " float label_smoothing, float center_coef, float eps, float? max_weight, str reduction, bool head_gradient,"
+    " bool row_entries) -> (Tensor loss, Tensor pair_table, Tensor batch_table, Tensor head_gradient,"
+    " Tensor row_entries)",
     fake=_pair_loss_fake,
 )
-def pair_loss(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pair_loss(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, scores = RowPairs(*arguments[:5]), Scores(*arguments[5:11])
     rows.check_range()
     result = PairLossResult(*_pair_loss_fake(*arguments))

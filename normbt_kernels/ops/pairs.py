@@ -49,10 +49,9 @@ class RowPairs(NamedTuple):
             if token is not None:
                 _check_range("last_token", token, hidden.shape[1], f"positions of hidden {tuple(hidden.shape)}")
 
-    def launch_shape(self) -> LaunchShape:
-        return LaunchShape.for_pairs(
-            self.num_pairs, self.hidden_size, self.chosen.element_size(), num_multiprocessors(self.chosen.device)
-        )
+    def launch_shape(self, centers: bool = False) -> LaunchShape:
+        processors = num_multiprocessors(self.chosen.device)
+        return LaunchShape.for_pairs(self.num_pairs, self.hidden_size, self.chosen.element_size(), processors, centers)
 
     def blocks(self) -> Iterator[slice]:
         """Blocks of pairs whose rows stay in a core's cache between the operators that read them."""
@@ -195,16 +194,3 @@ def load_tile(rows, side, offset, exists, columns, ACC: tl.constexpr):
         mask=exists[:, None] & (columns < rows.hidden_size)[None, :],
         other=0.0,
     ).to(ACC)
-
-
-@triton.jit
-def measure_distance(rows, pair, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr):
-    """rho of a block of pairs: NaN where a row does not exist, 0 beyond the last pair."""
-    chosen_offset, rejected_offset, exists = locate_pairs(rows, pair)
-    square = tl.zeros([BLOCK_P, BLOCK_H], ACC)
-    for start in range(0, rows.hidden_size, BLOCK_H):
-        columns = start + tl.arange(0, BLOCK_H)
-        chosen = load_tile(rows, rows.chosen, chosen_offset, exists, columns, ACC)
-        delta = chosen - load_tile(rows, rows.rejected, rejected_offset, exists, columns, ACC)
-        square += delta * delta
-    return tl.where(exists | (pair >= rows.num_pairs), tl.sqrt(tl.sum(square, axis=1)), float("nan"))

@@ -14,6 +14,7 @@ from cases import (
     assert_same_bits,
     linear_case,
     ours,
+    randint,
     randn,
     reward_case,
     tolerance,
@@ -32,7 +33,7 @@ search = settings(
     phases=[Phase.generate],  # examples are small as they are, and shrinking would take minutes
 )
 
-# 0..20 pairs: none, fewer and more than a block of 16. 1..70 columns: below, at and beyond the blocks of 64 columns
+# 0..20 pairs: none, fewer and more than a block of 16. 1..70 columns: below, at and beyond the blocks of 32 columns
 # in which the head's gradient is summed.
 SIZES = {"num_pairs": st.integers(0, 20), "hidden_size": st.integers(1, 70)}
 # Few values of each: they are compile-time constants of the kernels.
@@ -127,15 +128,14 @@ SIZES_ACROSS_BLOCKS = [
     (5, 3, torch.bfloat16),
     (2, 31, torch.float16),
     (17, 33, torch.float32),  # more pairs than a block of 16, and not a multiple of it
-    (7, 127, torch.bfloat16),  # 127 + 1 columns of the head's gradient: exactly two blocks of 64
+    (7, 127, torch.bfloat16),  # four blocks of 32 columns of the head's gradient, the last one not full
     (97, 2, torch.float32),  # 7 blocks of 16 pairs on the interpreter's 6 programs: one program strides
-    (129, 1, torch.float32),  # with explicit pairs: more than the 128 that are searched at a time for a row's pairs
     (5, 1000, torch.float32),  # 4 pairs to a block
     (3, 1025, torch.bfloat16),  # two blocks of columns where the gradient of the rows is written
-    (2, 2049, torch.float64),  # a row longer than a block of fp64 ...
-    (7, 4097, torch.float32),  # ... of fp32, one pair to a block: 7 blocks on 6 programs, so the second pair of a
-    #                            program adds to sums that its first has already stored
-    (2, 8193, torch.bfloat16),  # ... of bf16
+    (2, 4097, torch.float64),  # rows of fp64 too long to be held ...
+    (7, 8193, torch.float32),  # ... of fp32, one pair to a block: 7 blocks on 6 programs, so a program has two to sum
+    (2, 16385, torch.bfloat16),  # ... of bf16
+    (2, 8193, torch.bfloat16),  # ... of bf16 with centering
 ]
 
 
@@ -143,9 +143,9 @@ across_blocks = pytest.mark.parametrize(("num_pairs", "hidden_size", "dtype"), S
 
 
 @across_blocks
-@pytest.mark.parametrize("mu", [None, 1.5])
-def test_every_block_boundary_is_crossed(num_pairs, hidden_size, dtype, mu):
-    case = linear_case(num_pairs, hidden_size, dtype, layout="explicit", mu=mu, center_coef=0.05)
+@pytest.mark.parametrize(("mu", "center_coef"), [(None, 0.05), (None, 0.0), (1.5, 0.05), (1.5, 0.0)])
+def test_every_block_boundary_is_crossed(num_pairs, hidden_size, dtype, mu, center_coef):
+    case = linear_case(num_pairs, hidden_size, dtype, layout="explicit", mu=mu, center_coef=center_coef)
     assert_as_reference(case)
 
 
@@ -162,7 +162,7 @@ def test_every_block_boundary_is_crossed_in_the_reward_form(num_pairs, hidden_si
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_longest_rows(dtype):
-    # 32768 columns: 4 blocks of bf16, 8 of fp32.
+    # 4 blocks of bf16, 8 of fp32
     assert_as_reference(linear_case(2, 32768, dtype))
 
 
@@ -170,12 +170,13 @@ def test_sizes_cross_blocks():
     """Keeps the sizes above honest when the launch shapes change."""
     from normbt_kernels.ops.launch import LaunchShape
 
-    def shape(num_pairs, hidden_size, dtype):
-        return LaunchShape.for_pairs(num_pairs, hidden_size, dtype.itemsize, 3)
+    def shape(num_pairs, hidden_size, dtype, centers=False):
+        return LaunchShape.for_pairs(num_pairs, hidden_size, dtype.itemsize, 3, centers)
 
     shapes = [(size, shape(*size)) for size in SIZES_ACROSS_BLOCKS]
     longer_than_a_block = {dtype for (_, h, dtype), launch in shapes if h > launch.block_hidden}
     assert longer_than_a_block == {torch.float64, torch.float32, torch.bfloat16}
+    assert any(launch.block_hidden >= size[1] > shape(*size, centers=True).block_hidden for size, launch in shapes)
     striding = [launch.block_rows for (p, _, _), launch in shapes if p > launch.num_programs * launch.block_rows]
     assert 1 in striding
     assert max(striding) > 1
@@ -183,11 +184,38 @@ def test_sizes_cross_blocks():
     assert any(h > LaunchShape.for_rows(p, h, 3).block_hidden for p, h, _ in SIZES_ACROSS_BLOCKS)
 
 
+# A list has 16 places; a look at every pair takes 128 of them at a time.
+@pytest.mark.parametrize("num_pairs", [15, 16, 17, 129])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_row_in_many_pairs(num_pairs, reduction):
+    case = linear_case(num_pairs, 3, torch.float32, reduction=reduction, center_coef=0.05)
+    other = randint(1, 2 * num_pairs, num_pairs)
+    first = torch.arange(num_pairs, device=DEVICE) % 5 == 4
+    pairs = torch.stack([torch.zeros_like(other), other], dim=1)  # row 0 in each of them, on either side
+    case = case.having(pairs=torch.where(first[:, None], pairs.flip(1), pairs))
+    assert_as_reference(case, upstream_of("contiguous", case))
+
+
+@pytest.mark.parametrize("max_weight", [None, 100.0, 2.0, 1.001])
+@pytest.mark.parametrize("center_coef", [0.0, 0.05])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_own_mean_of_pairs_near_and_far(max_weight, center_coef, reduction):
+    # Distances over eight decades, some 0: the mean comes after the rows have been read, and the cap holds many pairs.
+    case = linear_case(
+        70, 5, torch.float32, mu=None, max_weight=max_weight, center_coef=center_coef, reduction=reduction, eps=1e-3
+    )
+    hidden = case.inputs["hidden"]
+    nearness = 10.0 ** -randint(0, 9, 70, 1).float()
+    nearness[::7] = 0
+    hidden[70:] = hidden[:70] + nearness * randn(70, 5, dtype=torch.float32)
+    assert_as_reference(case)
+
+
 def test_sums_over_many_programs(monkeypatch):
-    # 33 blocks of 16 pairs on 34 programs: more than the 32 partial sums that are added at a time.
-    monkeypatch.setattr("normbt_kernels.ops.pairs.num_multiprocessors", lambda device: 17)
-    assert_as_reference(linear_case(33 * 16, 2, torch.float32))
-    assert_as_reference(linear_case(33 * 16, 2, torch.float32, reduction="none"), randn(33 * 16))
+    # 129 blocks of 16 pairs on 130 programs: more than the 128 partial sums that are added at a time.
+    monkeypatch.setattr("normbt_kernels.ops.pairs.num_multiprocessors", lambda device: 65)
+    assert_as_reference(linear_case(129 * 16, 2, torch.float32))
+    assert_as_reference(linear_case(129 * 16, 2, torch.float32, reduction="none"), randn(129 * 16))
 
 
 # Each stride fits into 32 bits, and an index times it does not: the kernels must multiply in 64. Interleaved, so that

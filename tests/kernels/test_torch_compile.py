@@ -5,6 +5,7 @@ import torch
 from cases import BACKEND, CASES, DEVICE, LAYOUTS, OURS, Case, assert_same_bits, linear_case, ours, randn
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, pair_distance
+from normbt_kernels.ops.pair_loss import ROW_ENTRIES
 from normbt_kernels.ops.pairs import split_pairs
 
 # --- opcheck -----------------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ def test_opcheck_pair_loss(mean, form, reduction):
         rows = randn(3, 5), randn(3, 5), None, None, None
         scores = randn(3), randn(3), None, None, margin, pair_weight
     head_gradient = form == "linear" and reduction == "mean"
-    arguments = *rows, *scores, *means()[mean], *OPTIONS, reduction, head_gradient
+    arguments = *rows, *scores, *means()[mean], *OPTIONS, reduction, head_gradient, False
     torch.library.opcheck(torch.ops.normbt.pair_loss.default, arguments)
 
 
@@ -62,9 +63,10 @@ def test_opcheck_linear_gradient(layout, reduction, needs):
     case = linear_case(3, 5, torch.bfloat16, layout=layout, pooled=True)
     hidden, pairs = case.inputs["hidden"], case.arguments["pairs"]
     per_pair = reduction == "none"
+    row_entries = torch.zeros(1 + ROW_ENTRIES, len(hidden), dtype=torch.int32, device=hidden.device)
     upstream = randn(3, dtype=torch.float32) if per_pair else randn(dtype=torch.float32)
     arguments = (
-        randn(2, 3, dtype=torch.float32), upstream, randn(0 if per_pair else 6, dtype=torch.float32),
+        randn(2, 3, dtype=torch.float32), upstream, randn(0 if per_pair else 6, dtype=torch.float32), row_entries,
         case.inputs["weight"], hidden if per_pair and needs[1] else None,
         pairs if layout == "explicit" else None, layout == "interleaved", case.arguments["last_token"],
         list(hidden.shape), torch.bfloat16, torch.float32, *needs,

@@ -1,0 +1,162 @@
+"""Which constants of normbt_kernels/ops/launch.py this device would like: measured offline, written nowhere else.
+
+Every setting of the constants makes a launch shape for each size; each different shape is timed, forward and backward,
+in rounds of all shapes by turns. A setting's cost is the geometric mean, over the sizes, of its time over the best
+time of that size. The table shows today's shapes beside the best ones; the last lines, the setting to propose. Nothing
+is tuned at run time: launch shapes stay pure functions of the sizes, so the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tqdm import tqdm
+
+from bench.contenders import Case, ours
+from bench.harness import DTYPES, Report, print_table
+from bench.timing import Calls, Replays, Seconds, free_bytes, number_of_buffers, take_turns
+from normbt_kernels.ops import launch
+from normbt_kernels.ops.backend import num_multiprocessors, uses_kernels
+from normbt_kernels.ops.launch import LaunchShape
+
+# What the launch shapes of each phase depend on, and the values to try.
+CONSTANTS = {
+    "forward": {
+        "TILE_ELEMENTS": (2048, 4096, 8192),
+        "ELEMENTS_PER_WARP": (256, 512, 1024),
+        "PROGRAMS_PER_MULTIPROCESSOR": (1, 2, 4),
+    },
+    "backward": {
+        "WRITTEN_TILE_ELEMENTS": (2048, 4096, 8192),
+        "ELEMENTS_PER_WARP": (256, 512, 1024),
+        "WRITING_PROGRAMS_PER_MULTIPROCESSOR": (4, 8, 16),
+    },
+}
+Setting = tuple[int, ...]  # values of a phase's constants, in their order
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-pairs", "-P", nargs="+", type=int, metavar="P", default=(64, 4096, 65536))
+    parser.add_argument("--hidden-size", "-H", nargs="+", type=int, metavar="H", default=(1024, 4096, 8192))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bf16",))
+    parser.add_argument("--seconds", type=float, help="for one size and phase (default: 4, --quick: 1)")
+
+
+def run(options: argparse.Namespace) -> int:
+    if not uses_kernels(options.device):
+        raise SystemExit(f"launch shapes are for GPUs: nothing to tune on {options.device}")
+    report = Report("tune", options)
+    seconds = options.seconds or (1 if options.quick else 4)
+    sizes = itertools.product(options.num_pairs, options.hidden_size, options.dtype)
+    cases = [Case("linear", p, h, DTYPES[dtype]) for p, h, dtype in sizes]
+    times = {
+        phase: {
+            str(case): time_shapes(case, phase, options.device, report.device["cache_bytes"], seconds)
+            for case in tqdm(cases, desc=phase, unit="size")
+        }
+        for phase in CONSTANTS
+    }
+    rows = [row for phase in CONSTANTS for row in compare(phase, cases, times[phase], options.device)]
+    print_table(["phase", "size", "shape today", "us", "best shape", "us", "today over best"], rows)
+    proposals = {phase: propose(phase, cases, times[phase], options.device) for phase in CONSTANTS}
+    for phase, proposal in proposals.items():
+        cost, cost_today = proposal["cost"], proposal["cost_today"]
+        print(f"{phase}: {proposal['constants']} costs {cost:.3f}x the best of each size, today {cost_today:.3f}x")
+    report.save({
+        "proposals": proposals,
+        "rows": [
+            {"phase": phase, "case": case, "shape": str(shape), "median_us": median * 1e6}
+            for phase, of_phase in times.items()
+            for case, of_case in of_phase.items()
+            for shape, median in of_case.items()
+        ],
+    })  # fmt: skip
+    return 0
+
+
+def settings(phase: str) -> Iterator[Setting]:
+    yield from itertools.product(*CONSTANTS[phase].values())
+
+
+def setting_today(phase: str) -> Setting:
+    return tuple(getattr(launch, name) for name in CONSTANTS[phase])
+
+
+def shape_of(case: Case, phase: str, setting: Setting, device: torch.device) -> LaunchShape:
+    with patch.multiple(launch, **dict(zip(CONSTANTS[phase], setting, strict=True))):
+        processors = num_multiprocessors(device)
+        if phase == "forward":
+            return LaunchShape.for_pairs(case.num_pairs, case.hidden_size, case.dtype.itemsize, processors)
+        return LaunchShape.for_rows(case.num_rows, case.hidden_size, processors)
+
+
+def time_shapes(
+    case: Case, phase: str, device: torch.device, cache_bytes: int, seconds: float
+) -> dict[LaunchShape, float]:
+    """Median seconds of one call with each shape that some setting makes."""
+    count = 1  # in the interpreter, whose times mean nothing
+    if device.type == "cuda":
+        count = number_of_buffers(2 * case.hidden_bytes, cache_bytes, free_bytes(device) // 2)
+    torch.manual_seed(0)
+    buffers = [case.make_inputs(device, copy=False) for _ in range(count)]
+    shapes = {shape_of(case, phase, setting, device) for setting in [*settings(phase), setting_today(phase)]}
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def sampler(shape: LaunchShape) -> Callable[[], Seconds]:
+        given = patch.object(LaunchShape, "for_pairs" if phase == "forward" else "for_rows", lambda *_: shape)
+        with given:
+            calls = Replays(ours, buffers, pool) if device.type == "cuda" else Calls(ours, buffers)
+
+        def sample() -> Seconds:
+            with given:
+                return calls()
+
+        return sample
+
+    samplers = {str(shape): sampler(shape) for shape in shapes}
+    figures, errors = take_turns(samplers, seconds)
+    for shape, error in errors.items():
+        tqdm.write(f"{case}, {phase}, {shape}: {error}")
+    return {shape: figures[str(shape)][phase]["median"] for shape in shapes if str(shape) in figures}
+
+
+def compare(phase: str, cases: list[Case], times: dict[str, dict], device: torch.device) -> Iterator[list[Any]]:
+    for case in cases:
+        of_case = times[str(case)]
+        today = shape_of(case, phase, setting_today(phase), device)
+        best = min(of_case, key=of_case.get)
+        yield [
+            phase, str(case), brief(today), of_case[today] * 1e6, brief(best), of_case[best] * 1e6,
+            f"{of_case[today] / of_case[best]:.3f}",
+        ]  # fmt: skip
+
+
+def propose(phase: str, cases: list[Case], times: dict[str, dict], device: torch.device) -> dict[str, Any]:
+    """The setting of least cost: today's, unless another is better."""
+
+    def cost(setting: Setting) -> float:
+        """Infinite if one of its shapes failed."""
+        logarithms = []
+        for case in cases:
+            of_case = times[str(case)]
+            seconds = of_case.get(shape_of(case, phase, setting, device), math.inf)
+            logarithms.append(math.log(seconds / min(of_case.values())))
+        return math.exp(sum(logarithms) / len(logarithms))
+
+    costs = {setting: cost(setting) for setting in [setting_today(phase), *settings(phase)]}
+    best = min(costs, key=costs.get)
+    return {
+        "constants": dict(zip(CONSTANTS[phase], best, strict=True)),
+        "cost": costs[best],
+        "cost_today": costs[setting_today(phase)],
+    }
+
+
+def brief(shape: LaunchShape) -> str:
+    return f"{shape.num_programs} programs, {shape.block_rows}x{shape.block_hidden}, {shape.num_warps} warps"
