@@ -35,7 +35,7 @@ CONSTANTS = {
     "backward": {
         "WRITTEN_TILE_ELEMENTS": (2048, 4096, 8192),
         "ELEMENTS_PER_WARP": (256, 512, 1024),
-        "WRITING_PROGRAMS_PER_MULTIPROCESSOR": (4, 8, 16),
+        "WRITING_PROGRAMS_PER_MULTIPROCESSOR": (2, 4, 8),
     },
 }
 Setting = tuple[int, ...]  # values of a phase's constants, in their order

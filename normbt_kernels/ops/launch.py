@@ -28,8 +28,8 @@ WARPS_PER_MULTIPROCESSOR = 16
 # Elements of one tile of a gradient that is only written: 16 of them per thread at 8 warps. Twice as many spill
 # registers on sm_80 where H is odd, because every element then has an address of its own.
 WRITTEN_TILE_ELEMENTS = 4096
-# As many such programs as a multiprocessor holds (8 warps of 64); each reads the head once, for all of its tiles.
-WRITING_PROGRAMS_PER_MULTIPROCESSOR = 8
+# 32 warps of stores on each multiprocessor. Each program reads the head once, for all of its tiles.
+WRITING_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def next_power_of_2(n: int) -> int:

@@ -28,8 +28,18 @@ from normbt_kernels.ops.pairs import PairArguments, RowPairs, Vector, split_pair
 
 
 @triton.jit
+def load_upstream(upstream, pair, exists, PER_PAIR: tl.constexpr, ACC: tl.constexpr):
+    """What comes from above for each pair, or one scalar for all of them."""
+    if PER_PAIR:
+        gradient = tl.load(upstream.ptr + pair * upstream.stride, mask=exists, other=0.0).to(ACC)
+    else:
+        gradient = tl.load(upstream.ptr).to(ACC)
+    return gradient
+
+
+@triton.jit
 def sum_listed_pairs(row, exists, count, num_rows, num_pairs, gradient_ptr, upstream, row_entries_ptr,
-                     ROW_ENTRIES: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                     PER_PAIR: tl.constexpr, ROW_ENTRIES: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """c_n of a block of rows, none of which serves in more pairs than a list holds."""
     place = tl.arange(0, ROW_ENTRIES)
     listed = exists[:, None] & (place[None, :] < count[:, None])
@@ -38,19 +48,19 @@ def sum_listed_pairs(row, exists, count, num_rows, num_pairs, gradient_ptr, upst
     entry = tl.sort(tl.where(listed, entry.to(tl.int64), out_of_list))
     listed = entry < out_of_list
     gradient = tl.load(gradient_ptr + entry, mask=listed, other=0.0)
-    gradient *= tl.load(upstream.ptr + (entry % num_pairs) * upstream.stride, mask=listed, other=0.0).to(ACC)
+    gradient *= load_upstream(upstream, entry % num_pairs, listed, PER_PAIR, ACC)
     return tl.sum(gradient, axis=1)
 
 
 @triton.jit
 def sum_all_pairs(row, num_pairs, gradient_ptr, upstream, index_ptr, index_stride, index_side_stride,
-                  BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                  PER_PAIR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """c_n of a block of rows, by a look at every pair."""
     coefficient = tl.zeros([BLOCK_N], ACC)
     for start in range(0, num_pairs, BLOCK_P):
         pair = start + tl.arange(0, BLOCK_P).to(tl.int64)
         in_range = pair < num_pairs
-        upstream_gradient = tl.load(upstream.ptr + pair * upstream.stride, mask=in_range, other=0.0).to(ACC)
+        upstream_gradient = load_upstream(upstream, pair, in_range, PER_PAIR, ACC)
         for side in tl.static_range(2):
             served = tl.load(index_ptr + pair * index_stride + side * index_side_stride, mask=in_range, other=-1)
             gradient = tl.load(gradient_ptr + side * num_pairs + pair, mask=in_range, other=0.0) * upstream_gradient
@@ -61,7 +71,7 @@ def sum_all_pairs(row, num_pairs, gradient_ptr, upstream, index_ptr, index_strid
 @triton.jit
 def _sum_over_pairs_kernel(
     rows, gradient_ptr, upstream, coefficient_ptr, index_ptr, index_stride, index_side_stride, row_entries_ptr,
-    num_rows, num_pairs, hidden_size, partial_ptr,
+    num_rows, num_pairs, hidden_size, partial_ptr, PER_PAIR: tl.constexpr,
     ROW_ENTRIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     num_pairs = tl.cast(num_pairs, tl.int64)
@@ -73,12 +83,13 @@ def _sum_over_pairs_kernel(
             count = tl.load(row_entries_ptr + row, mask=exists, other=0)
             if tl.max(count, axis=0) <= ROW_ENTRIES:
                 coefficient = sum_listed_pairs(
-                    row, exists, count, num_rows, num_pairs, gradient_ptr, upstream, row_entries_ptr, ROW_ENTRIES, ACC
-                )
+                    row, exists, count, num_rows, num_pairs, gradient_ptr, upstream, row_entries_ptr,
+                    PER_PAIR, ROW_ENTRIES, ACC,
+                )  # fmt: skip
             else:
                 coefficient = sum_all_pairs(
                     row, num_pairs, gradient_ptr, upstream, index_ptr, index_stride, index_side_stride,
-                    BLOCK_N, 128, ACC,
+                    PER_PAIR, BLOCK_N, 128, ACC,
                 )  # fmt: skip
             tl.store(coefficient_ptr + row, coefficient, mask=exists)
     # 2. of reduction "none": the head's gradient
@@ -112,7 +123,7 @@ def _write_gradient_kernel(
     hidden_gradient_ptr, weight_gradient_ptr, bias_gradient_ptr,
     gradient_ptr, upstream, coefficient_ptr, head_weight, head_gradient_ptr, num_partials,
     last_token, num_rows, sequence_length, num_pairs, hidden_size,
-    INTERLEAVED: tl.constexpr, SCALE_HEAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     num_pairs = tl.cast(num_pairs, tl.int64)
@@ -134,7 +145,7 @@ def _write_gradient_kernel(
                     pair = row // 2 if INTERLEAVED else row % num_pairs
                     side = row % 2 if INTERLEAVED else row // num_pairs
                     coefficient = tl.load(gradient_ptr + side * num_pairs + pair, mask=served, other=0.0)
-                    coefficient *= tl.load(upstream.ptr + pair * upstream.stride, mask=served, other=0.0).to(ACC)
+                    coefficient *= load_upstream(upstream, pair, served, PER_PAIR, ACC)
                 else:
                     coefficient = tl.load(coefficient_ptr + row, mask=served, other=0.0)
                 gradient = tl.where(served[:, None], coefficient[:, None] * head[None, :], 0.0)
@@ -145,8 +156,8 @@ def _write_gradient_kernel(
     if head_gradient_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other on the device)
         if tl.program_id(0) == 0:
             scale = tl.full([1], 1.0, ACC)
-            if SCALE_HEAD:
-                scale = tl.load(upstream.ptr + tl.arange(0, 1)).to(ACC)
+            if not PER_PAIR:
+                scale *= tl.load(upstream.ptr).to(ACC)
             if weight_gradient_ptr is not None:
                 write_head_gradient(
                     weight_gradient_ptr, columns, head_gradient_ptr, num_partials, columns, columns < hidden_size,
@@ -213,6 +224,7 @@ def _launch_linear_gradient(
             num_pairs,
             hidden_size,
             None if rows is None else head_gradient,
+            PER_PAIR=upstream.per_pair,
             ROW_ENTRIES=ROW_ENTRIES,
             BLOCK_N=block_rows,
             BLOCK_P=shape.block_rows,
@@ -238,7 +250,7 @@ def _launch_linear_gradient(
         num_pairs,
         hidden_size,
         INTERLEAVED=interleaved,
-        SCALE_HEAD=not upstream.per_pair,
+        PER_PAIR=upstream.per_pair,
         BLOCK_N=shape.block_rows,
         BLOCK_H=shape.block_hidden,
         BLOCK_K=4,  # x 1024 columns: more partials at a time spill to local memory
