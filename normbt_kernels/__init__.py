@@ -2,6 +2,7 @@
 
 from normbt_kernels._version import __version__
 from normbt_kernels.functional import NormBTStats, linear_normbt_loss, normbt_loss, pair_distance
+from normbt_kernels.integrations.apply import apply_normbt, remove_normbt
 from normbt_kernels.modules import LinearNormBTLoss, NormBTLoss
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "NormBTLoss",
     "NormBTStats",
     "__version__",
+    "apply_normbt",
     "linear_normbt_loss",
     "normbt_loss",
     "pair_distance",
+    "remove_normbt",
 ]
