@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The tests' workers are processes: one thread each keeps them from fighting for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test lint clean
+.PHONY: demo test static lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/normbt train
@@ -16,6 +16,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 	$(PYTEST) tests
+
+static: $(VENV)/.installed-dev
+	$(BIN)/python -m bench static --check
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

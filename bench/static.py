@@ -63,6 +63,9 @@ CONTENDERS = ("ours", "reference", "eager", "bt")
 LABELS = {"ours": "NormBT, ours", "eager": "NormBT, eager", "bt": "plain BT, eager"}
 
 
+# Of `python -m bench static --quick`.
+QUICK = ["normbt_loss", "linear_normbt_loss", "linear_normbt_loss, frozen backbone", "pair_distance"], ["sm_90"]
+
 FEW_PAIRS = (
     "With few pairs to a program, the partial gradient of the head that each program leaves behind (H fp32 values, "
     "written once and read once) weighs as much as its rows. It stays in the L2 cache."
@@ -470,6 +473,7 @@ def print_tables(measured: Measured) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="count four entries, compile for one target")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--check", action="store_true", help="fail if a limit is broken or a saved figure was better")
     parser.add_argument("--saved", type=Path, default=RESULTS / "static.json", help="this file's: %(default)s")
@@ -489,6 +493,8 @@ def run(options: argparse.Namespace) -> None:
             if name not in known:
                 raise SystemExit(f"no {what} {name!r}; there are {', '.join(map(repr, known))}")
     saved = json.loads(options.saved.read_text()) if options.check else {}
+    if options.quick:
+        options.entries, options.targets = QUICK
     measured = measure(options.entries, options.targets)
     if options.json:
         print(json.dumps(measured.results()))
