@@ -13,7 +13,7 @@ import triton.language as tl
 
 from bench import static
 from bench.count import counting
-from normbt_kernels.ops import pair_loss, pairs
+from normbt_kernels.ops import pair_distance, pair_loss
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _add_atomically_kernel(total_ptr, count_ptr):
     tl.store(count_ptr, tl.load(count_ptr) + 1)
 
 
-load_tile = pairs.load_tile
+load_tile = pair_loss.load_tile
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def count_entries() -> dict[str, dict]:
     counts = {}
     for tiles in ("once", "twice"):
         function = load_tile if tiles == "once" else load_tile_twice
-        with patch.object(pairs, "load_tile", function), patch.object(pair_loss, "load_tile", function):
+        with patch.object(pair_loss, "load_tile", function), patch.object(pair_distance, "load_tile", function):
             steps = static.entries()
             for name in ("pair_distance", "linear_normbt_loss, 64 pairs"):
                 counts[f"{name}, tiles read {tiles}"] = static.count_entry(steps[name])

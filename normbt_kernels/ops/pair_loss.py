@@ -402,20 +402,20 @@ def _finalise_kernel(
                 if CENTER_COEF == 0:
                     total *= mean_distance
                 least = tl.load(partial_ptr + 5 * num_partials + index, mask=is_partial, other=float("inf"))
-                if must_mend(tl.min(least, axis=0), mean_distance, EPS, CENTER_COEF, MAX_WEIGHT):
-                    for start in range(0, rows.num_pairs, BLOCK_P):
-                        pair = start + tl.arange(0, BLOCK_P)
-                        distance = tl.load(pair_table_ptr + pair, mask=pair < num_pairs, other=float("inf"))
-                        mends = must_mend(distance, mean_distance, EPS, CENTER_COEF, MAX_WEIGHT) & (distance > 0)
-                        if tl.max(mends.to(tl.int32), axis=0) > 0:
-                            weight = weigh(distance, mean_distance, EPS, MAX_WEIGHT)
-                            weight -= mean_distance * weigh_provisionally(distance, EPS, CENTER_COEF)
-                            gradient = tl.load(unweighted_ptr + num_pairs + pair, mask=mends, other=0.0)
-                            gradient = tl.where(mends, weight * gradient, 0.0)
-                            chosen_offset, rejected_offset, exists = locate_pairs(rows, pair)
-                            chosen = load_tile(rows, rows.chosen, chosen_offset, exists & mends, columns, ACC)
-                            rejected = load_tile(rows, rows.rejected, rejected_offset, exists & mends, columns, ACC)
-                            total += tl.sum(gradient[:, None] * (chosen - rejected), axis=0)
+                any_mends = must_mend(tl.min(least, axis=0), mean_distance, EPS, CENTER_COEF, MAX_WEIGHT)
+                for start in range(0, tl.where(any_mends, rows.num_pairs, 0), BLOCK_P):
+                    pair = start + tl.arange(0, BLOCK_P)
+                    distance = tl.load(pair_table_ptr + pair, mask=pair < num_pairs, other=float("inf"))
+                    mends = must_mend(distance, mean_distance, EPS, CENTER_COEF, MAX_WEIGHT) & (distance > 0)
+                    if tl.max(mends.to(tl.int32), axis=0) > 0:
+                        weight = weigh(distance, mean_distance, EPS, MAX_WEIGHT)
+                        weight -= mean_distance * weigh_provisionally(distance, EPS, CENTER_COEF)
+                        gradient = tl.load(unweighted_ptr + num_pairs + pair, mask=mends, other=0.0)
+                        gradient = tl.where(mends, weight * gradient, 0.0)
+                        chosen_offset, rejected_offset, exists = locate_pairs(rows, pair)
+                        chosen = load_tile(rows, rows.chosen, chosen_offset, exists & mends, columns, ACC)
+                        rejected = load_tile(rows, rows.rejected, rejected_offset, exists & mends, columns, ACC)
+                        total += tl.sum(gradient[:, None] * (chosen - rejected), axis=0)
         tl.store(head_gradient_ptr + columns, total, mask=columns < rows.hidden_size)
 
     # 2. each program: some of the pairs, weighed by the mean that is known now; the first sums the loss of all
@@ -549,10 +549,10 @@ def _launch_pair_loss(
         ROW_ENTRIES=ROW_ENTRIES,
         PROGRAMS=next_power_of_2(shape.num_programs),
         SCAN=scan,
-        BLOCK_K=128,
-        BLOCK_P=32,
+        BLOCK_K=512 // dtype.itemsize,
+        BLOCK_P=128,  # x 32 columns: 16 bytes for each thread also where a program has 512
         BLOCK_H=block_hidden,
-        num_warps=4,
+        num_warps=8,
         **constants,
     )
     return result
