@@ -206,7 +206,15 @@ class LinearNormBTLoss(DistanceEMA):
         pair_weight: Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, NormBTStats]:
-        """The loss, or (loss, stats). Arguments, results and errors as in `linear_normbt_loss`."""
+        """The loss, or (loss, stats). Arguments, results and errors as in `linear_normbt_loss`.
+
+        Raises:
+            TypeError: `weight` is a DTensor, which no rank holds whole (FSDP2, tensor parallelism).
+        """
+        if hasattr(weight, "full_tensor"):
+            raise TypeError(
+                f"weight is sharded (a {type(weight).__name__}): use NormBTLoss on the rewards that the model computes"
+            )
         inputs = linear_inputs(hidden, weight, bias, pairs, last_token, margin, pair_weight)
         rows = split_pairs(hidden.detach(), pairs, last_token)
         trained = trains_head(weight, bias)

@@ -1,6 +1,8 @@
 """NormBTTrainer: the real `Trainer` around the fused loss, against hand-written eager steps."""
 
 import copy
+import logging
+import math
 
 import pytest
 import torch
@@ -19,13 +21,15 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    Trainer,
     TrainingArguments,
 )
 
-from normbt_kernels import LinearNormBTLoss
+from normbt_kernels import LinearNormBTLoss, NormBTLoss
 from normbt_kernels.integrations.head import find_head
-from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator, last_token
+from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator, called_head, last_token
 from normbt_kernels.training.losses import LinearBTLoss
+from tests import tiny_classifiers
 
 VOCABULARY = 32
 EOS = 1
@@ -45,6 +49,17 @@ def model():
     return make_model()
 
 
+@pytest.fixture
+def messages(caplog):
+    """What transformers logs, whose loggers keep their records to themselves."""
+    caplog.set_level(logging.INFO, logger="transformers")
+    caplog.set_level(logging.INFO, logger="normbt_kernels")
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 def make_model(**config):
     torch.manual_seed(0)
     return LlamaForSequenceClassification(
@@ -54,10 +69,9 @@ def make_model(**config):
             intermediate_size=32,
             num_hidden_layers=1,
             num_attention_heads=2,
-            num_labels=1,
             bos_token_id=None,
             eos_token_id=EOS,
-            **{"pad_token_id": 0, "initializer_range": 0.5} | config,
+            **{"num_labels": 1, "pad_token_id": 0, "initializer_range": 0.5} | config,
         )
     )
 
@@ -167,16 +181,24 @@ def test_rewards_do_not_depend_on_the_padding_side(model, tokenizer, tmp_path, s
         torch.testing.assert_close(torch.tensor(distance), (chosen - rejected).norm(dim=1), **close)
 
 
-def test_pad_equal_to_eos_still_reads_the_true_last_token(tokenizer, tmp_path):
+@pytest.mark.parametrize("loss", [LinearNormBTLoss, NormBTLoss])
+def test_pad_equal_to_eos_still_reads_the_true_last_token(tokenizer, tmp_path, messages, loss):
     tokenizer.pad_token = "<eos>"
     model = make_model(pad_token_id=EOS)
     rows = make_rows(4)
-    chosen_rewards, _, _ = make_trainer(model, tokenizer, tmp_path).predict(rows).predictions
+    chosen_rewards, _, _ = make_trainer(model, tokenizer, tmp_path, loss()).predict(rows).predictions
+    assert "better give the tokenizer a pad token of its own" in messages.text
     with torch.no_grad():
-        expected = [
-            model.score(model.model(torch.tensor([row["chosen_ids"]])).last_hidden_state[0, -1]) for row in rows
-        ]
-    torch.testing.assert_close(torch.tensor(chosen_rewards), torch.cat(expected), rtol=1e-4, atol=1e-4)
+        last = [model.model(torch.tensor([row["chosen_ids"]])).last_hidden_state[0, -1] for row in rows]
+    expected = torch.stack(last) @ model.score.weight[0].detach()
+    torch.testing.assert_close(torch.tensor(chosen_rewards), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_model_without_a_pad_token_gets_the_tokenizers(tokenizer, tmp_path):
+    model = make_model(pad_token_id=None)
+    trainer = make_trainer(model, tokenizer, tmp_path, eval_dataset=make_rows(4))
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    assert model.config.pad_token_id == tokenizer.pad_token_id
 
 
 def test_saved_checkpoint_gives_the_rewards_that_were_trained(model, tokenizer, tmp_path):
@@ -201,15 +223,94 @@ def test_encoders_are_read_where_their_head_reads(tokenizer, tmp_path):
     torch.testing.assert_close(logits, torch.tensor([*chosen_rewards, *rejected_rewards]), rtol=1e-5, atol=1e-5)
 
 
-def test_rewards_of_a_bf16_model_keep_what_bf16_logits_round_away(tokenizer, tmp_path):
+@pytest.mark.parametrize("loss", [LinearNormBTLoss, NormBTLoss])
+def test_rewards_of_a_bf16_model_keep_what_bf16_logits_round_away(tokenizer, tmp_path, loss):
     model = make_model().to(torch.bfloat16)
     rows = make_rows(4)
-    chosen_rewards, _, _ = make_trainer(model, tokenizer, tmp_path).predict(rows).predictions
+    chosen_rewards, _, _ = make_trainer(model, tokenizer, tmp_path, loss()).predict(rows).predictions
     with torch.no_grad():
         hidden = pooled_rows(model.eval(), PreferenceCollator(tokenizer)(rows))
     exact = F.linear(hidden.double(), model.score.weight.double())[:4, 0].float()
     torch.testing.assert_close(torch.tensor(chosen_rewards), exact, rtol=1e-5, atol=1e-5)
     assert not torch.equal(exact.bfloat16().float(), exact)
+
+
+# --- fused head or reward form -------------------------------------------------------------------------------------
+
+
+class Int8Linear(nn.Linear):
+    """A quantised head: integers and one scale in place of the weight."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, hidden):
+        return F.linear(hidden, self.scale * self.weight)
+
+
+def test_quantised_head_gives_its_own_rewards(model, tokenizer, tmp_path, messages):
+    model.score = Int8Linear(model.score)
+    trainer = make_trainer(model, tokenizer, tmp_path)
+    assert not trainer.fused
+    assert "NormBT takes the model's own rewards: the head is a Int8Linear" in messages.text
+    chosen_rewards, rejected_rewards, _ = trainer.predict(make_rows(4)).predictions
+    with torch.no_grad():
+        logits = model.eval()(**PreferenceCollator(tokenizer)(make_rows(4))).logits[:, 0]
+    torch.testing.assert_close(torch.tensor([*chosen_rewards, *rejected_rewards]), logits)
+    assert trainer.compute_loss(model.train(), PreferenceCollator(tokenizer)(make_rows(4))).requires_grad
+
+
+def test_form_that_was_picked_is_logged(model, tokenizer, tmp_path, messages):
+    assert make_trainer(model, tokenizer, tmp_path).fused
+    assert "NormBT is fused with the head 'score', whose weight is a plain, whole tensor" in messages.text
+    assert not make_trainer(model, tokenizer, tmp_path, NormBTLoss()).fused
+    assert "NormBT takes the model's own rewards: the loss given does not take the weight" in messages.text
+
+
+def test_loss_keeps_its_options_and_state_where_the_head_cannot_be_fused(model, tokenizer, tmp_path):
+    model.score = Int8Linear(model.score)
+    options = {"eps": 1e-3, "max_weight": 7.0, "label_smoothing": 0.1, "center_coef": 0.2, "process_group": None}
+    given = LinearNormBTLoss(beta=0.5, **options)
+    given(torch.randn(4, 3), torch.ones(3))
+    used = make_trainer(model, tokenizer, tmp_path, given).pair_loss
+    assert type(used) is NormBTLoss
+    assert used.extra_repr() == given.extra_repr()
+    assert used.process_group is None
+    assert used.state_dict() == given.state_dict()
+    with pytest.raises(ValueError, match=r"LinearBTLoss needs the head's weight, but .*: pass a NormBTLoss"):
+        make_trainer(model, tokenizer, tmp_path, LinearBTLoss())
+
+
+def test_head_under_peft_is_the_one_that_is_called(model):
+    peft = pytest.importorskip("peft")
+    config = {"r": 1, "target_modules": ["q_proj"], "task_type": "SEQ_CLS"}
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
+    adapted.add_adapter("second", peft.LoraConfig(**config))
+    for adapter in ("default", "second"):
+        adapted.set_adapter(adapter)
+        name, head = called_head(adapted)
+        assert (name, head) == ("score", adapted.base_model.model.score.modules_to_save[adapter])
+        seen = []
+        hook = head.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(module))
+        adapted(torch.tensor([[2, 3]]))
+        hook.remove()
+        assert seen == [head]
+    on_head = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=1, target_modules=["q_proj", "score"]))
+    assert called_head(on_head) == ("score", on_head.base_model.model.score)
+    assert called_head(model) == ("score", model.score)
+
+
+def test_head_inside_a_module_that_peft_copies_is_the_copys(tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_classifiers.make_model("roberta", max_position_embeddings=32)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    assert called_head(model) == ("out_proj", model.base_model.model.classifier.modules_to_save["default"].out_proj)
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=make_rows(4), max_steps=1)
+    trainer.train()
+    assert trainer.fused
+    assert trainer.pair_loss.num_updates == 1
 
 
 # --- the loss in the trainer ---------------------------------------------------------------------------------------
@@ -273,12 +374,12 @@ def test_trainer_adds_no_host_synchronisation_to_those_of_model_and_loss(model, 
     batch = PreferenceCollator(tokenizer)(make_rows(4))
     model.train()
     trainer.compute_loss(model, batch)  # whatever happens only once
-    trainer.head_input.expect()
+    trainer.head_rows.expect(last_token(batch["attention_mask"]))
     with HostReads() as of_model:
         model(**batch)
-    hidden, positions = trainer.head_input.take(), last_token(batch["attention_mask"])
+    rows = trainer.head_rows.take()
     with HostReads() as of_loss:
-        trainer.pair_loss(hidden, model.score.weight, last_token=positions, return_stats=True)
+        trainer.pair_loss(rows, model.score.weight, return_stats=True)
     with HostReads() as of_trainer:
         trainer.compute_loss(model, batch)
     assert of_trainer.count == of_model.count + of_loss.count
@@ -293,15 +394,13 @@ def test_forward_passes_of_others_leave_nothing_behind(model, tokenizer, tmp_pat
     model.score(input=torch.zeros(1, model.config.hidden_size))
 
 
-def test_frozen_head_is_warned_about(model, tokenizer, tmp_path, monkeypatch):
-    warnings = []
-    monkeypatch.setattr("normbt_kernels.integrations.transformers.logger.warning", warnings.append)
-    make_trainer(model, tokenizer, tmp_path)
-    assert not warnings
-    model.score.weight.requires_grad_(False)
-    make_trainer(model, tokenizer, tmp_path)
-    assert "frozen" in warnings[0]
-    assert "modules_to_save=['score']" in warnings[0]
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_head_that_lora_has_frozen_is_warned_about(model, tokenizer, tmp_path, messages, task_type):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type=task_type))
+    make_trainer(adapted, tokenizer, tmp_path)
+    warned = "the scalar head is frozen" in messages.text and "modules_to_save=['score']" in messages.text
+    assert warned == (task_type is None)
 
 
 class HostReads(TorchDispatchMode):
@@ -320,22 +419,79 @@ class HostReads(TorchDispatchMode):
 
 
 def test_logs_are_means_over_all_pairs_since_the_last_log(model, tokenizer, tmp_path):
-    rows = make_rows(8)
+    rows = make_rows(6)  # a batch of 4 and one of 2
     trainer = make_trainer(
-        model, tokenizer, tmp_path, train_dataset=rows, max_steps=2, logging_steps=2, learning_rate=0.0
+        model,
+        tokenizer,
+        tmp_path,
+        train_dataset=rows,
+        max_steps=2,
+        logging_steps=2,
+        learning_rate=0.0,
+        train_sampling_strategy="sequential",
     )
     trainer.train()
     logged = trainer.state.log_history[0]
     with torch.no_grad():
         hidden = pooled_rows(model, PreferenceCollator(tokenizer)(rows))
         rewards = model.score(hidden)[:, 0]
-    difference = rewards[:8] - rewards[8:]
-    distance = (hidden[:8] - hidden[8:]).norm(dim=1)
+    difference = rewards[:6] - rewards[6:]
+    distance = (hidden[:6] - hidden[6:]).norm(dim=1)
     assert logged["mean_distance"] == pytest.approx(distance.mean().item(), rel=1e-4)
     assert logged["margin"] == pytest.approx(difference.mean().item(), rel=1e-3, abs=1e-5)
     assert logged["bt_loss"] == pytest.approx(-F.logsigmoid(difference).mean().item(), rel=1e-4)
     assert logged["accuracy"] == pytest.approx((difference > 0).float().mean().item())
     assert logged["mu"] == pytest.approx(trainer.pair_loss.mu.item())
+    weight = reference.normbt_weight(distance, distance[:4].mean())  # mu of the second batch: the mean of the first
+    assert logged["mean_weight"] == pytest.approx(weight.mean().item(), rel=1e-4)
+    assert logged["min_weight"] == pytest.approx(weight.min().item(), rel=1e-4)
+    assert logged["max_weight"] == pytest.approx(weight.max().item(), rel=1e-4)
+
+
+def test_loss_that_is_not_finite_shows_once_and_spoils_no_later_log(model, tokenizer, tmp_path):
+    # The gradient of a pair that is wrong beyond measure is finite.
+    rows = [row | {"margin": margin} for margin in (0.0, float("inf"), 0.0) for row in make_rows(4)]
+    arguments = {"max_steps": 3, "logging_steps": 1, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows, **arguments)
+    trainer.train()
+    first, second, third = (entry for entry in trainer.state.log_history if "mu" in entry)
+    assert not math.isfinite(second["bt_loss"])
+    assert second["loss"] == first["loss"]
+    for name in first.keys() - {"step", "epoch"}:
+        assert third[name] == pytest.approx(first[name]), name
+
+
+def test_one_copy_to_the_host_per_log_and_none_between(model, tokenizer, tmp_path, monkeypatch):
+    """Beside those of the plain Trainer, whose isnan(loss) at each step is turned off."""
+
+    class Plain(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).logits.mean()
+
+    copies = 0
+    tolist = torch.Tensor.tolist
+
+    def counted_tolist(tensor):
+        nonlocal copies
+        copies += tensor.is_floating_point()
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted_tolist)
+    rows = make_rows(24)
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows, max_steps=6, logging_steps=3)
+    with HostReads() as ours:
+        trainer.train()
+    assert copies == 2
+    plain = Plain(make_model(), trainer.args, PreferenceCollator(tokenizer), rows)
+    plain.args.remove_unused_columns = False
+    with HostReads() as of_plain:
+        plain.train()
+    assert copies == 2
+    assert ours.count == of_plain.count
+    plain.args.logging_nan_inf_filter = True
+    with HostReads() as with_filter:
+        plain.train()
+    assert with_filter.count >= of_plain.count + 6
 
 
 def test_evaluation_uses_mu_and_leaves_it(model, tokenizer, tmp_path):
@@ -407,6 +563,38 @@ def test_checkpoint_without_the_state_of_the_loss_starts_mu_anew(tokenizer, tmp_
     trainer = make_trainer(make_model(), tokenizer, tmp_path, LinearNormBTLoss(), max_steps=3, **arguments)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert trainer.pair_loss.num_updates.item() == 1
+
+
+# --- misuse --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [LinearNormBTLoss, NormBTLoss])
+def test_odd_batch_is_refused_before_mu_moves(model, tokenizer, tmp_path, loss):
+    trainer = make_trainer(model, tokenizer, tmp_path, loss())
+    batch = {name: column[:3] for name, column in PreferenceCollator(tokenizer)(make_rows(2)).items()}
+    with pytest.raises(ValueError, match="all chosen sequences, then as many rejected: got 3 sequences"):
+        trainer.compute_loss(model.train(), batch)
+    assert trainer.pair_loss.num_updates == 0
+
+
+def test_several_labels_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="num_labels=1"):
+        make_trainer(make_model(num_labels=2), tokenizer, tmp_path)
+
+
+def test_head_that_does_not_give_the_rewards_is_refused(model, tokenizer, tmp_path):
+    model.other = nn.Linear(16, 1)  # registered last, and never called
+    trainer = make_trainer(model, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=r"from the head 'other', got logits \(4, 1\), and the head was not called"):
+        trainer.compute_loss(model, PreferenceCollator(tokenizer)(make_rows(2)))
+    assert trainer.pair_loss.num_updates == 0
+
+
+def test_ligers_forward_is_refused_and_its_other_kernels_are_not(model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"liger_kernel_config={'fused_linear_cross_entropy': False}"):
+        make_trainer(model, tokenizer, tmp_path, use_liger_kernel=True)
+    kept = {"fused_linear_cross_entropy": False}
+    make_trainer(model, tokenizer, tmp_path, use_liger_kernel=True, liger_kernel_config=kept)
 
 
 def test_several_gpus_in_one_process_are_refused(model, tokenizer, tmp_path):

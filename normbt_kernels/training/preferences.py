@@ -1,6 +1,6 @@
 """Preference pairs: read from a file or the hub, checked row by row, and turned into token ids.
 
-    source -> rows (dicts)  -> Preference (checked)  -> {chosen_ids, rejected_ids, margin?, category?}
+    source -> rows (dicts)  -> Preference (checked)  -> {chosen_ids, rejected_ids, margin?, pair_weight?, category?}
 
 Every complaint about the data names the source and the row, counted from 1.
 """
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from normbt_kernels.training.arguments import UserError
 
 Text = str | list[dict[str, str]]  # plain text, or a conversation
 
+OPTIONAL_COLUMNS = ("margin", "pair_weight", "category")  # in every row or in none
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -30,6 +33,7 @@ class Preference:
     chosen: Text
     rejected: Text
     margin: float | None = None
+    pair_weight: float | None = None
     category: str | None = None
     where: str = ""
 
@@ -37,8 +41,12 @@ class Preference:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def load_preferences(source: str, config: str | None, split: str) -> list[Preference]:
+def load_preferences(
+    source: str, config: str | None, split: str, parse: Callable[[Any, str], Preference] | None = None
+) -> list[Preference]:
     """All pairs of a .json, .jsonl or .parquet file, or of a split of a hub dataset (or of a local copy of one).
+
+    Each row is read by `parse`, called as `parse_row`, which is the default.
 
     Raises:
         UserError: the source cannot be read, or a row is not a preference pair.
@@ -53,10 +61,10 @@ def load_preferences(source: str, config: str | None, split: str) -> list[Prefer
         raise UserError(f"{source}: not one of {', '.join(readers)}")
     else:
         rows = _read_hub(source, config, split)
-    pairs = [parse_row(row, f"{source}, row {number}") for number, row in rows]
+    pairs = [(parse or parse_row)(row, f"{source}, row {number}") for number, row in rows]
     if not pairs:
         raise UserError(f"{source}: no rows")
-    for name in ("margin", "category"):
+    for name in OPTIONAL_COLUMNS:
         missing = [pair.where for pair in pairs if getattr(pair, name) is None]
         if missing and len(missing) < len(pairs):
             raise UserError(f"{missing[0]}: no {name}, but other rows have one")
@@ -118,7 +126,7 @@ def parse_row(row: Any, where: str) -> Preference:
 
     A text prompt is put before text answers as it is. With messages, or a prompt of messages, the prompt is the
     beginning of the conversation and the answers are its end; answers that open with the user's own message are
-    whole conversations already, and their prompt column is left out.
+    whole conversations already, and their prompt column is left out. RewardBench calls the category `subset`.
 
     Raises:
         UserError: naming `where`, if this is no preference pair.
@@ -134,10 +142,20 @@ def parse_row(row: Any, where: str) -> Preference:
     if row.get("prompt"):
         prompt = _text_or_messages(row["prompt"], "prompt", where)
         chosen, rejected = _join(prompt, chosen), _join(prompt, rejected)
-    margin, category = row.get("margin"), row.get("category")
-    if margin is not None and not (isinstance(margin, int | float) and math.isfinite(margin)):
-        raise UserError(f"{where}: 'margin' is not a finite number: {margin!r}")
-    return Preference(chosen, rejected, margin, None if category is None else str(category), where)
+    margin, pair_weight = (_number(row.get(name), name, where) for name in ("margin", "pair_weight"))
+    if pair_weight is not None and pair_weight < 0:
+        raise UserError(f"{where}: 'pair_weight' is negative: {pair_weight!r}")
+    category = row["category"] if row.get("category") is not None else row.get("subset")
+    category = None if category is None else str(category)
+    return Preference(chosen, rejected, margin, pair_weight, category, where)
+
+
+def _number(value: Any, name: str, where: str) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise UserError(f"{where}: {name!r} is not a finite number: {value!r}")
+    return float(value)
 
 
 def _text_or_messages(value: Any, name: str, where: str) -> Text:
@@ -166,7 +184,17 @@ def _join(prompt: Text, answer: Text) -> Text:
 def tokenize(
     pairs: Iterable[Preference], tokenizer: PreTrainedTokenizerBase, max_length: int, description: str
 ) -> list[dict[str, Any]]:
-    """Rows `{chosen_ids, rejected_ids (int32 arrays), margin?, category?}`, without those longer than `max_length`.
+    """Rows as `tokenize_pair` makes them, without those longer than `max_length`.
+
+    Raises:
+        UserError: as `tokenize_pair`.
+    """
+    rows = (tokenize_pair(pair, tokenizer) for pair in tqdm(pairs, desc=description, unit=" pairs", leave=False))
+    return [row for row in rows if num_tokens(row) <= max_length]
+
+
+def tokenize_pair(pair: Preference, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The row `{chosen_ids, rejected_ids (int32 arrays), margin?, pair_weight?, category?}`.
 
     Text gets the tokenizer's special tokens and its end-of-sequence token, if it has one; conversations are laid
     out by the tokenizer's chat template.
@@ -174,15 +202,41 @@ def tokenize(
     Raises:
         UserError: conversations, and the tokenizer has no chat template, or the template refuses one.
     """
-    rows = []
-    for pair in tqdm(pairs, desc=description, unit=" pairs", leave=False):
-        chosen_ids, rejected_ids = (_token_ids(text, tokenizer, pair.where) for text in (pair.chosen, pair.rejected))
-        if max(len(chosen_ids), len(rejected_ids)) > max_length:
-            continue
-        row = {"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
-        row |= {name: getattr(pair, name) for name in ("margin", "category") if getattr(pair, name) is not None}
-        rows.append(row)
-    return rows
+    ids = {f"{side}_ids": _token_ids(getattr(pair, side), tokenizer, pair.where) for side in ("chosen", "rejected")}
+    return ids | {name: getattr(pair, name) for name in OPTIONAL_COLUMNS if getattr(pair, name) is not None}
+
+
+def tokenize_dataset(dataset: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str) -> Any:
+    """A trainer's data set of rows as `parse_row` takes them, as one of rows as `tokenize_pair` makes them.
+
+    Pairs longer than `max_length` are left out. A `datasets.Dataset` or `datasets.IterableDataset` stays one, cached
+    or streaming as it was; anything else with a length becomes a `datasets.Dataset`.
+
+    Raises:
+        UserError: naming `name` and the row, as `parse_row` and `tokenize_pair`.
+    """
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        dataset = datasets.Dataset.from_list([dataset[i] for i in range(len(dataset))])
+    columns = dataset.column_names or list(next(iter(dataset)))
+    constants = [column for column in ("margin", "pair_weight") if column in columns]
+
+    def token_ids(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        pair = replace(parse_row(dict(row), f"{name}, row {index + 1}"), category=None)
+        for column in constants:
+            if getattr(pair, column) is None:
+                raise UserError(f"{pair.where}: no {column}, but other rows have one")
+        return tokenize_pair(pair, tokenizer)
+
+    description = {"desc": f"tokenizing {name}"} if isinstance(dataset, datasets.Dataset) else {}
+    dataset = dataset.map(token_ids, with_indices=True, remove_columns=columns, **description)
+    return dataset.filter(lambda row: num_tokens(row) <= max_length)
+
+
+def num_tokens(row: Mapping[str, Any]) -> int:
+    """Of the longer one of a pair's two sequences."""
+    return max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def _token_ids(text: Text, tokenizer: PreTrainedTokenizerBase, where: str) -> np.ndarray:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
+from normbt_kernels.integrations.checkpoint import last_whole_checkpoint
 from normbt_kernels.integrations.transformers import NormBTTrainer
 from normbt_kernels.training import demo, report
 from normbt_kernels.training.arguments import TrainOptions, UserError
@@ -151,10 +151,10 @@ def _train(name: str, job: Job, options: TrainOptions, args: TrainingArguments) 
 
 
 def _checkpoint(args: TrainingArguments) -> str | None:
-    """`--resume-from-checkpoint last` is the last one in each loss's own folder; anything else is a path."""
+    """`--resume-from-checkpoint last` is the last whole one in each loss's own folder; anything else is a path."""
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    return last_whole_checkpoint(args.output_dir)
 
 
 class LossOnTheBar(ProgressCallback):

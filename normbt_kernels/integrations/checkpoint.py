@@ -1,0 +1,86 @@
+"""The loss in a Trainer's checkpoints: saved and restored with the optimizer, being training state like it and no part
+of the model, so that anyone loads the model without this package. And which checkpoint is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+LOSS_STATE_NAME = "normbt.pt"
+
+
+class LossInCheckpoints:
+    """Before a `Trainer` in the bases of a class: `self.pair_loss` goes into every checkpoint that holds the optimizer.
+
+    A resumed run continues with the mu that was saved. A checkpoint without one is warned about.
+
+    A process that dies while it saves leaves a folder that is not whole. `train(resume_from_checkpoint=True)` passes
+    over it to the one before: the `trainer_state.json` of a folder is written last, when every rank has written its
+    files.
+    """
+
+    pair_loss: nn.Module
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; `resume_from_checkpoint=True` is the last checkpoint that was saved to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no checkpoint in {self.args.output_dir} was saved to its end")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:  # the state of an earlier run would make a folder look whole before it is
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self.pair_loss.state_dict()
+        if self.args.should_save and state:
+            path = Path(output_dir, LOSS_STATE_NAME)
+            temporary = path.with_name(f".{LOSS_STATE_NAME}.tmp")
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json comes next
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.pair_loss.state_dict():
+            return
+        path = os.path.join(checkpoint, LOSS_STATE_NAME)
+        if os.path.isfile(path):
+            self.pair_loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            logger.warning(f"{checkpoint} has no {LOSS_STATE_NAME}: mu starts anew from the next batch")
+
+
+def last_whole_checkpoint(output_dir: str) -> str | None:
+    """The folder `checkpoint-<step>` of the most steps that was saved to its end, None if there is none."""
+    folders = [folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(folder).isdecimal()]
+    for folder in sorted(folders, key=lambda folder: int(_step(folder)), reverse=True):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning(f"{folder} was not saved to its end: passed over")
+        else:
+            return str(folder)
+    return None
+
+
+def _step(folder: Path) -> str:
+    return folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")

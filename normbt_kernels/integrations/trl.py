@@ -1,0 +1,198 @@
+"""NormBT in TRL's `RewardTrainer`: the same constructor, configuration, data, metrics and checkpoints, another loss.
+
+    batch of 2B sequences, all chosen, then all rejected
+      -> model(**batch): its rewards, and what enters its scalar head
+      -> NormBTLoss on those rewards and those rows: only the distance is read from the hidden states
+
+Nothing is read of the head itself, so it may be sharded, quantised or wrapped by peft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.utils import logging
+from trl import RewardTrainer
+
+from normbt_kernels.functional import NormBTStats
+from normbt_kernels.integrations.checkpoint import LossInCheckpoints
+from normbt_kernels.integrations.head import HeadInput, find_head, last_token
+from normbt_kernels.modules import NormBTLoss
+
+logger = logging.get_logger(__name__)
+
+# What is kept of each batch, in this order, and how the ranks' values become one. The first six are TRL's.
+METRICS = {
+    "num_tokens": sum,
+    "min_reward": min,
+    "mean_reward": fmean,
+    "max_reward": max,
+    "accuracy": fmean,
+    "margin": fmean,
+    "bt_loss": fmean,
+    "mean_distance": fmean,
+    "min_weight": min,
+    "mean_weight": fmean,
+    "max_weight": max,
+}
+
+
+class NormBTRewardMixin(LossInCheckpoints):
+    """Makes any `RewardTrainer` train with NormBT: `class Mine(NormBTRewardMixin, MyRewardTrainer)`.
+
+    Replaces `compute_loss`; everything else is the trainer's own. `margin` and `center_rewards_coefficient` act as in
+    TRL: the margin inside the sigmoid, the centering unweighted. Logs TRL's metrics, each the mean over the batches
+    since the last log, and beside them `mu`, `mean_distance`, `bt_loss` (unweighted, comparable with TRL's `loss`) and
+    the range and mean of the weights. They stay on the device until then: one copy to the host per log, in which
+    every rank must take part. The state of the loss is saved in every checkpoint that holds the optimizer, and a
+    resumed run continues with it.
+
+    Args:
+        *args, **kwargs: as the trainer takes them.
+        beta, eps, max_weight, process_group: as in `NormBTLoss`.
+
+    Raises:
+        ValueError: the model has no scalar head, or Liger would replace its forward. At a batch: it does not hold as
+            many rejected sequences as chosen ones, or the forward bypasses the head. TRL refuses `num_labels` other
+            than 1 and `nn.DataParallel`.
+    """
+
+    # For the model card.
+    _name = "NormBT"
+    _paper = {  # noqa: RUF012
+        "title": "When Distance Distracts: Representation Distance Bias in BT-Loss for Reward Models",
+        "id": "2512.06343",
+    }
+
+    def __init__(
+        self,
+        *args: Any,
+        beta: float = 0.9,
+        eps: float = 1e-6,
+        max_weight: float | None = 100.0,
+        process_group: dist.ProcessGroup | str | None = "default",
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        if self.args.use_liger_kernel and (self.args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+            raise ValueError(
+                "use_liger_kernel=True replaces the model's forward by that of a language model, which needs an "
+                "lm_head: pass liger_kernel_config={'fused_linear_cross_entropy': False} to keep Liger's other kernels"
+            )
+        self.head_path, head = _scalar_head(self.model)
+        adapted = self.model.get_submodule(self.head_path.removesuffix(".base_layer"))
+        if not any(parameter.requires_grad for parameter in adapted.parameters()):
+            logger.warning(
+                "the scalar head is frozen and will not be trained; with peft, pass task_type='SEQ_CLS' or "
+                f"modules_to_save=[{self.head_path.rpartition('.')[2]!r}] in LoraConfig"
+            )
+        self.head_input = HeadInput(head)
+        self.pair_loss = NormBTLoss(
+            beta,
+            eps,
+            max_weight,
+            center_coef=self.args.center_rewards_coefficient or 0.0,
+            process_group=process_group,
+        ).to(self.args.device)
+        self._unlogged: list[tuple[str, Tensor]] = []  # mode and (len(METRICS),) of each batch since the last log
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of one batch `{input_ids (2B, S), attention_mask (2B, S), margin (B,)?}`, with the model's outputs
+        if asked for."""
+        if inputs["input_ids"].shape[0] % 2:
+            raise ValueError(
+                "a batch holds all chosen sequences, then as many rejected ones, got input_ids "
+                f"{tuple(inputs['input_ids'].shape)}"
+            )
+        model_inputs = {name: value for name, value in inputs.items() if name != "margin"} | {"use_cache": False}
+        self.head_input.expect()
+        outputs = model(**model_inputs)
+        hidden = self.head_input.take()
+        if hidden is None:
+            raise ValueError(
+                f"the forward of the model did not call its scalar head {self.head_path!r}: a patched forward that "
+                "scores by itself cannot be followed, nor can a head whose adapter is not the active one"
+            )
+        rows = self._pooled_rows(hidden.detach(), inputs["input_ids"])
+        self.pair_loss.train(self.model.training)  # evaluation does not move mu
+        loss, stats = self.pair_loss(
+            *outputs.logits.chunk(2), *rows.chunk(2), margin=inputs.get("margin"), return_stats=True
+        )
+        self._keep_metrics(stats, inputs["attention_mask"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _pooled_rows(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """The rows that the model's rewards are computed from, (2B, H): of decoders, those of the rightmost token that
+        is not the pad token, which is where transformers' classifiers read."""
+        if hidden.dim() == 2:
+            return hidden
+        positions = last_token(input_ids != self.model.config.get_text_config().pad_token_id)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), positions]
+
+    def _keep_metrics(self, stats: NormBTStats, attention_mask: Tensor) -> None:
+        rewards = torch.cat([stats.chosen_rewards, stats.rejected_rewards])
+        margin = stats.chosen_rewards - stats.rejected_rewards
+        of_batch = (
+            attention_mask.sum(),
+            *(rewards.amin(), rewards.mean(), rewards.amax()),
+            *(stats.accuracy, margin.mean(), stats.bt_loss, stats.mean_distance),
+            *(stats.weight.amin(), stats.weight.mean(), stats.weight.amax()),
+        )
+        mode = "train" if self.model.training else "eval"
+        self._unlogged.append((mode, torch.stack([metric.float() for metric in of_batch])))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`RewardTrainer.log`, after the metrics since the last log were brought to the host."""
+        if self._unlogged:
+            self._fetch_metrics()
+        super().log(logs, start_time)
+
+    def _fetch_metrics(self) -> None:
+        """Appends each batch's metrics to the lists that `RewardTrainer.log` averages."""
+        modes, of_rank = zip(*self._unlogged, strict=True)
+        self._unlogged = []
+        self.pair_loss.synchronize()  # so that the mu that is logged includes the last batch
+        of_ranks = self.accelerator.gather(torch.stack(of_rank))
+        *values, mu = torch.cat([of_ranks.flatten(), self.pair_loss.mu.reshape(1)]).tolist()
+        # values: (ranks, batches, metrics), row by row
+        for batch, mode in enumerate(modes):
+            for metric, (name, combine) in enumerate(METRICS.items()):
+                value = combine(values[batch * len(METRICS) + metric :: len(modes) * len(METRICS)])
+                if name != "num_tokens":
+                    self._metrics[mode][name].append(value)
+                elif mode == "train":
+                    self._total_train_tokens += int(value) // self._tp_size
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if "train" in modes:
+            self._metrics["train"]["mu"] = [mu]
+
+
+class NormBTRewardTrainer(NormBTRewardMixin, RewardTrainer):
+    """`trl.RewardTrainer` with NormBT as its loss: see `NormBTRewardMixin` for what it adds.
+
+    Takes a `RewardConfig` and everything else that `RewardTrainer` takes.
+    """
+
+
+def _scalar_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Path and module of the head: the last `Linear` with one output that is no factor of LoRA. So it is one that reads
+    the hidden states under peft too: LoRA's base layer, or the copy that modules_to_save trains."""
+    heads = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == 1 and ".lora_" not in path
+    ]
+    if not heads:
+        find_head(model)  # says what is missing
+    return heads[-1]
