@@ -1,6 +1,7 @@
 """`apply_normbt`: any trainer's Bradley-Terry backward becomes NormBT's, and nothing else of the model changes."""
 
 import copy
+import gc
 import pickle
 import socket
 import warnings
@@ -612,25 +613,32 @@ def pair_losses(model, ids):
     return -nn.functional.logsigmoid(chosen - rejected).sum()
 
 
-def rank_main(rank, port, folder):
+def train_rank(engine, rank, folder):
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
+    model = TinyDecoder()
+    apply_normbt(model)
+    if engine == "fsdp2 pooled":
+        pool_head(model)
+    wrapped = DistributedDataParallel(model) if engine == "ddp" else fully_shard(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
+    for ranks in rank_batches():
+        pair_losses(wrapped, ranks[rank]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = model.state_dict()
+    full = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
+    torch.save(full, f"{folder}/{engine}-{rank}.pt")
+
+
+def rank_main(rank, port, folder):
     dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
     for engine in ENGINES:
-        model = TinyDecoder()
-        apply_normbt(model)
-        if engine == "fsdp2 pooled":
-            pool_head(model)
-        wrapped = DistributedDataParallel(model) if engine == "ddp" else fully_shard(model)
-        optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
-        for ranks in rank_batches():
-            pair_losses(wrapped, ranks[rank]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        state = model.state_dict()
-        full = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
-        torch.save(full, f"{folder}/{engine}-{rank}.pt")
+        train_rank(engine, rank, folder)
+    # gloo's threads must end before the interpreter does: nothing may hold the group when it is destroyed.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
