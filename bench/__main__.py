@@ -15,7 +15,8 @@ SUBCOMMANDS = {
     "train-step": "overhead of a whole training step over plain BT",
     "static": "launches and bytes as executed in the interpreter, and what the compiler made of the kernels",
     "tune": "which launch shapes this GPU would like: constants to propose for ops/launch.py",
-    "all": "all of these but tune, into one folder",
+    "quality": "held-out accuracy of reward models trained with each loss, over seeds (hours on a CPU)",
+    "all": "all of these but tune and quality, into one folder",
 }
 
 
@@ -50,7 +51,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("what", choices=SUBCOMMANDS, metavar="what")
     name = parser.parse_args(arguments[:1]).what
     options = load_parser(name).parse_args(arguments[1:])
-    return options.run(options) or 0
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("\nbench: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

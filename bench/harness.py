@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import normbt_kernels
+from normbt_kernels.resumable import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -91,17 +92,6 @@ class Report:
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
         write_whole(self.folder / name, write)
         print(f"wrote {_relative(self.folder / name)}")
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write` fill a temporary file beside `path`, then puts it in place: the whole file, or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # matplotlib goes by the suffix
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _relative(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The command line: `normbt train`, `normbt info`. Imports what a subcommand needs when it runs, not before.
+"""The command line `normbt`, one function per sub-command. Imports what a sub-command needs when it runs, not before.
 
 Exit codes: 0 done; 1 the self-check failed; 2 something the user can put right, said in one line; 130 interrupted.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from normbt_kernels import __version__
 from normbt_kernels.training.arguments import (
+    STDLIB_FAULTS,
     TrainOptions,
     UserError,
     add_train_options,
@@ -33,6 +34,9 @@ Train a reward model with NormBT and the Hugging Face Trainer.
       The embedded default: a tiny Llama and generated pairs, plain Bradley-Terry (BT) beside NormBT, in about a
       minute on one CPU core. Downloads nothing. Writes to ./{DEMO_OUTPUT_DIR}, or to ./{DEMO_OUTPUT_DIR}-2, -3, ...
       where that exists.
+  normbt train --dataset stdlib-faults
+      A harder one, of real text: functions of Python's standard library, and the same with a fault. Some ten
+      minutes on one CPU core.
   normbt train --model meta-llama/Llama-3.2-1B-Instruct --dataset trl-lib/ultrafeedback_binarized \\
       --output-dir runs/llama --bf16 --learning-rate 1e-5 --num-train-epochs 1
   normbt train --model ./my-model --dataset pairs.jsonl --output-dir runs/mine --loss bt normbt
@@ -53,6 +57,44 @@ Every option of transformers.TrainingArguments is taken as well (--help-trainer 
 
 Written to the output folder: <loss>/ (model and tokenizer, for AutoModelForSequenceClassification.from_pretrained),
 results.json (accuracy by category and distance, training log, versions) and results.png (needs matplotlib).
+"""
+
+
+EVALUATE_DESCRIPTION = """\
+Score preference pairs with a trained reward model, and count the right ones as RewardBench v1 does: chosen > rejected,
+strictly, by the model's own logits; sections weighted by RewardBench's example counts.
+
+  normbt evaluate normbt-demo/normbt
+      A checkpoint of the embedded default on the embedded held-out pairs.
+  normbt evaluate runs/mine/normbt --dataset allenai/reward-bench --out rewardbench.json
+      A row has the columns prompt, chosen, rejected and subset. Such a row becomes a conversation by the tokenizer's
+      chat template, as in the rewardbench package; a row without subset is read as by normbt train.
+"""
+
+EVALUATE_EPILOG = """\
+Stopped with --out, the same command continues where it was. FILE.json appears when all is done, whole.
+"""
+
+DIAGNOSE_DESCRIPTION = """\
+Measure which pairs plain Bradley-Terry (BT) gives its gradient to, and how NormBT would share it out.
+
+  normbt diagnose
+      The embedded default: a tiny Llama after a short training with BT, on the embedded held-out pairs.
+  normbt diagnose --dataset stdlib-faults
+      The same for functions of Python's standard library, and the same with a fault.
+  normbt diagnose --model ./my-reward-model --dataset pairs.jsonl --out my.json
+  normbt diagnose --model Qwen/Qwen2.5-0.5B --dataset trl-lib/ultrafeedback_binarized --dataset-split 'train[:2000]'
+      A classifier as trained, or a causal LM with a new head.
+
+A pair's gradient is prediction error times distance at the head, where it is exact; for all other weights (the
+backbone) it is measured on a sample, one pair at a time. Reported are, under BT and under NormBT: the slope of log
+gradient norm on log distance at a fixed error (BT's head: 1, NormBT's: 0), the share of the gradient that each quarter
+of the pairs by distance receives, mean norms by error and distance, and rows for each category or subset.
+"""
+
+DIAGNOSE_EPILOG = """\
+Written beside the table: FILE.json and, with matplotlib, the figure FILE.png, whole or not at all. Stopped, the same
+command continues where it was.
 """
 
 
@@ -90,33 +132,130 @@ def _parser() -> argparse.ArgumentParser:
     add_train_options(train)
     train.add_argument("--help-trainer", action="store_true", help="list all options of transformers.TrainingArguments")
     train.set_defaults(command=_train)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy of a reward model on preference pairs, by subset and by section of RewardBench",
+        usage="normbt evaluate MODEL [--dataset PATH|ID] [options]",
+        description=EVALUATE_DESCRIPTION,
+        epilog=EVALUATE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="trained classifier with one label: local folder or hub id")
+    _add_data_options(evaluate, "the embedded held-out pairs", split="filtered")
+    evaluate.add_argument(
+        "--max-length",
+        type=_positive,
+        metavar="N",
+        help="pairs with a sequence of more tokens are left out, and counted (default: the tokenizer's own limit)",
+    )
+    _add_device_options(evaluate, batch_size=16, dtypes=("auto", "float32", "bfloat16", "float16"))
+    evaluate.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there too")
+    evaluate.set_defaults(command=_evaluate)
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="how BT and NormBT share out the gradient over your pairs under your model",
+        usage="normbt diagnose [--model PATH|ID] [--dataset PATH|ID] [options]",
+        description=DIAGNOSE_DESCRIPTION,
+        epilog=DIAGNOSE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    diagnose.add_argument("--model", metavar="PATH|ID", help="checkpoint, as for normbt train (default: embedded)")
+    _add_data_options(diagnose, "the embedded held-out pairs", split="train")
+    diagnose.add_argument(
+        "--num-gradients",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="pairs whose backbone gradient is measured, spread evenly by distance (default: %(default)s)",
+    )
+    diagnose.add_argument(
+        "--max-length",
+        type=_positive,
+        default=2048,
+        metavar="N",
+        help="pairs with a sequence of more tokens are left out, and counted (default: %(default)s)",
+    )
+    _add_device_options(diagnose, batch_size=8, dtypes=("float32", "bfloat16"))
+    diagnose.add_argument(
+        "--out",
+        type=Path,
+        default=Path("normbt-diagnosis.json"),
+        metavar="FILE.json",
+        help="where the results go (default: %(default)s)",
+    )
+    diagnose.set_defaults(command=_diagnose)
+    export = commands.add_parser(
+        "export",
+        help="write a trained reward model so that the rewardbench package loads it",
+        description="Writes a plain classifier that the rewardbench package and transformers 4.5x load: adapters "
+        "merged, the rope settings in the spellings of transformers 4 and 5.",
+    )
+    export.add_argument("checkpoint", help="trained classifier, or a peft adapter for one: local folder or hub id")
+    export.add_argument("output_dir", help="folder to write, new or empty")
+    export.add_argument(
+        "--tokenizer", metavar="PATH|ID", help="tokenizer with the chat template (default: the checkpoint's own)"
+    )
+    export.set_defaults(command=_export)
     info = commands.add_parser("info", help="versions, devices and backends, and a self-check of the loss")
     info.set_defaults(command=_info)
     return parser
 
 
+def _add_data_options(parser: argparse.ArgumentParser, default: str, split: str) -> None:
+    parser.add_argument(
+        "--dataset",
+        metavar="PATH|ID",
+        help=".json, .jsonl or .parquet file, a hub id, or stdlib-faults; columns as for normbt train "
+        f"(default: {default})",
+    )
+    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a hub dataset that has several")
+    parser.add_argument(
+        "--dataset-split", default=split, metavar="NAME", help="split of a hub dataset (default: %(default)s)"
+    )
+
+
+def _add_device_options(parser: argparse.ArgumentParser, batch_size: int, dtypes: Sequence[str]) -> None:
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=batch_size,
+        metavar="N",
+        help="pairs per forward pass (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
+    saved = "; auto: as saved" if "auto" in dtypes else ""
+    parser.add_argument(
+        "--dtype", default=dtypes[0], choices=dtypes, help=f"dtype of the weights{saved} (default: %(default)s)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
 def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
-    try:
-        import accelerate  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'normbt-kernels[train]'") from error
-    from normbt_kernels.training import demo, run
+    _check_extra()
+    from normbt_kernels.training import built_in, run
 
     if arguments.help_trainer:
         _trainer_parser().print_help()
         return 0
     options = TrainOptions(**{option.name: getattr(arguments, option.name) for option in fields(TrainOptions)})
     check_train_options(options)
-    if (options.model is None) != (options.dataset is None):
+    built_ins = {None: built_in.EMBEDDED, STDLIB_FAULTS: built_in.STANDARD_LIBRARY}
+    from_scratch = built_ins.get(options.dataset) if options.model is None else None
+    if from_scratch is None and None in (options.model, options.dataset):
         raise UserError("--model and --dataset go together; leave out both for the embedded default")
-    is_demo = options.model is None
-    if not is_demo and options.output_dir is None:
+    if from_scratch is None and options.output_dir is None:
         raise UserError("--output-dir is required with --model")
     defaults = {"output_dir": options.output_dir or str(_free_folder(Path(DEMO_OUTPUT_DIR)))}
-    args = _training_arguments(trainer_arguments, defaults | (demo.TRAINING_DEFAULTS if is_demo else {}))
+    args = _training_arguments(trainer_arguments, defaults | (from_scratch.training_defaults if from_scratch else {}))
     run.check_folders(args)
-    job = run.demo_job(options, args.seed) if is_demo else run.user_job(options, args.seed)
+    job = run.built_in_job(from_scratch, options, args.seed) if from_scratch else run.user_job(options, args.seed)
     run.run(job, options, args)
     return 0
 
@@ -146,6 +285,60 @@ def _free_folder(first: Path) -> Path:
     while folder.exists():
         folder, number = first.with_name(f"{first.name}-{number}"), number + 1
     return folder
+
+
+def _evaluate(arguments: argparse.Namespace, others: list[str]) -> int:
+    _check_extra()
+    from normbt_kernels import evaluation
+
+    evaluation.run(**_checked_options(arguments))
+    return 0
+
+
+def _diagnose(arguments: argparse.Namespace, others: list[str]) -> int:
+    _check_extra()
+    from normbt_kernels.diagnostics import command
+
+    command.run(**_checked_options(arguments))
+    return 0
+
+
+def _check_extra() -> None:
+    try:
+        import accelerate  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'normbt-kernels[train]'") from error
+
+
+def _checked_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `arguments` by name, with a device that is there, and a place for the results."""
+    import torch
+
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    out = options["out"]
+    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
+        raise UserError(f"--out {out}: expected a file name that ends in .json, in a folder that exists")
+    if options["device"] is None:
+        options["device"] = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        torch.empty(1, device=options["device"])
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {options['device']}: {str(error).splitlines()[0]}") from error
+    return options
+
+
+def _export(arguments: argparse.Namespace, others: list[str]) -> int:
+    try:
+        from normbt_kernels.integrations.export import export_for_rewardbench
+
+        export_for_rewardbench(arguments.checkpoint, arguments.tokenizer or arguments.checkpoint, arguments.output_dir)
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'normbt-kernels[trl]'") from error
+    except (OSError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    print(f"written: {arguments.output_dir}")
+    return 0
 
 
 def _info(arguments: argparse.Namespace, others: list[str]) -> int:

@@ -298,6 +298,11 @@ def test_row_numbers_are_line_numbers_despite_blank_lines(tmp_path):
         (["--dataset", "good.jsonl", "--eval-fraction", "-1"], "--eval-fraction must be between 0 and 1, got -1.0"),
         (["--dataset", "good.jsonl", "--beta", "2"], "--beta must be in [0, 1), got 2.0"),
         (["--dataset", "good.jsonl", "--label-smoothing", "1.5"], "--label-smoothing must be in [0, 1), got 1.5"),
+        (["--dataset", "good.jsonl", "--label-smoothing", "0.1"], "choose one of them with --loss"),
+        (["--dataset", "good.jsonl", "--eps", "-1"], "--eps must be finite and >= 0, got -1.0"),
+        (["--dataset", "good.jsonl", "--max-weight", "0"], "--max-weight must be greater than 0, got 0.0"),
+        (["--dataset", "good.jsonl", "--loss", "bt", "bt-margin"], "--loss bt-margin needs pairs with the column"),
+        (["--dataset", "negative.jsonl", "--loss", "normbt-margin-out"], "must not be negative: got -0.5"),
         (["--dataset", "good.jsonl", "--max-length", "0"], "--max-length must be at least 1, got 0"),
         (["--dataset", "good.jsonl", "--max-length", "1"], "longer than 1 tokens (--max-length)"),
         (["--dataset", "good.jsonl", "--resume-from-checkpoint", "nowhere"], "nowhere: no such folder"),
@@ -308,6 +313,7 @@ def test_row_numbers_are_line_numbers_despite_blank_lines(tmp_path):
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, causal_lm, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "good.jsonl", text_rows(4))
+    write_jsonl(tmp_path / "negative.jsonl", [row | {"margin": i - 0.5} for i, row in enumerate(text_rows(4))])
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "broken.parquet").write_text("not parquet")
     (tmp_path / "object.json").write_text("{}")
@@ -316,7 +322,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, causal_lm, monkeypatch,
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("normbt: error: ")]
     assert len(errors) == 1
     assert message in errors[0]
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_conversations_need_a_chat_template(tmp_path, causal_lm):
@@ -364,7 +370,7 @@ def test_results_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "draw", lambda results, path: path.write_bytes(b"new"))
     for name in (report.RESULTS_NAME, report.FIGURE_NAME):
         (tmp_path / name).write_text("old")
-    monkeypatch.setattr(report.os, "replace", interrupt)
+    monkeypatch.setattr("os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         report.write({}, tmp_path)
     for name in (report.RESULTS_NAME, report.FIGURE_NAME):

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 # The names `--loss` takes; `losses.py` says what each one is.
-LOSS_NAMES = ("bt", "normbt")
+LOSS_NAMES = tuple(
+    f"{base}{variant}" for base in ("bt", "normbt") for variant in ("", "-margin", "-margin-out", "-smoothing")
+)
+
+DEFAULT_SMOOTHING = 0.1
+
+# A data set that `--dataset` takes by name; `stdlib_faults.py` makes it.
+STDLIB_FAULTS = "stdlib-faults"
 
 
 class UserError(Exception):
@@ -35,8 +42,10 @@ class TrainOptions:
     )
     dataset: str | None = _text(
         "preference pairs: .json, .jsonl or .parquet file, or a hub id. Columns: chosen and rejected (text, or a list "
-        "of {role, content} messages), optional prompt (text or messages), margin (number), category (text; accuracy "
-        "is reported for each).",
+        "of {role, content} messages), optional prompt (text or messages), margin (number, for the losses named so), "
+        f"pair_weight (number), category (text; accuracy is reported for each). Or {STDLIB_FAULTS}: functions of "
+        "Python's standard library and the same with a fault, made on the spot; without --model, for a small model "
+        "from scratch.",
         "PATH|ID",
     )
     output_dir: str | None = _text(
@@ -52,14 +61,23 @@ class TrainOptions:
     loss: tuple[str, ...] | None = field(
         default=None,
         metadata={
-            "help": "losses to train with, one model each, from the same initial weights and in the same data order "
+            "help": "losses to train with, one model each, from the same initial weights and in the same data order: "
+            "Bradley-Terry or NormBT, as it is, with the pair's margin subtracted from the difference of rewards "
+            "(-margin) or multiplied with its loss (-margin-out), or with smoothed labels (-smoothing) "
             "(default: normbt; without --model: bt normbt)",
             "choices": LOSS_NAMES,
             "nargs": "+",
         },
     )
     beta: float = _option(0.9, "NormBT: decay of the running mean distance mu", metavar="F")
-    label_smoothing: float = _option(0.0, "all losses: probability that a label is wrong", metavar="F")
+    eps: float = _option(1e-6, "NormBT: added to each distance", metavar="F")
+    max_weight: float = _option(100.0, "NormBT: cap on a pair's weight; inf for none", metavar="F")
+    label_smoothing: float | None = _option(
+        None,
+        f"probability that a label is wrong, for the losses named -smoothing (default: {DEFAULT_SMOOTHING})",
+        type=float,
+        metavar="F",
+    )
     center_coef: float = _option(0.0, "all losses: weight of the mean of (chosen + rejected reward)^2", metavar="F")
     max_length: int = _option(2048, "pairs with a sequence of more tokens are left out, and counted", metavar="N")
     dtype: str = _option(
@@ -73,13 +91,18 @@ def check_train_options(options: TrainOptions) -> None:
     """Raises UserError for a number that makes no sense, before anything is loaded or trained."""
     for name, value, fits, expected in (
         ("beta", options.beta, 0 <= options.beta < 1, "in [0, 1)"),
-        ("label_smoothing", options.label_smoothing, 0 <= options.label_smoothing < 1, "in [0, 1)"),
+        ("eps", options.eps, 0 <= options.eps < float("inf"), "finite and >= 0"),
+        ("max_weight", options.max_weight, options.max_weight > 0, "greater than 0"),
+        ("label_smoothing", options.label_smoothing, 0 <= (options.label_smoothing or 0) < 1, "in [0, 1)"),
         ("center_coef", options.center_coef, 0 <= options.center_coef < float("inf"), "finite and >= 0"),
         ("eval_fraction", options.eval_fraction, 0 < options.eval_fraction < 1, "between 0 and 1"),
         ("max_length", options.max_length, options.max_length >= 1, "at least 1"),
     ):
         if not fits:
             raise UserError(f"{_flag(name)} must be {expected}, got {value}")
+    losses = options.loss or ()
+    if options.label_smoothing is not None and not any(name.endswith("-smoothing") for name in losses):
+        raise UserError("--label-smoothing is for bt-smoothing and normbt-smoothing: choose one of them with --loss")
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:

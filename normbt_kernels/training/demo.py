@@ -7,6 +7,8 @@ Each answer doubles two numbers, and wears a few style words:
     fine    the same answer with one wrong result                          never mislabelled
     coarse  the same results in another style, the better style preferred  labels drawn from Bradley-Terry
 
+A pair's margin, for the losses that use one, is the difference in rating: 1 for a wrong result, else that in style.
+
 A fine pair differs in one token and lies close together in the hidden space; a coarse pair differs in many and lies
 far apart. That is the situation of the paper: plain BT scales each pair's gradient by its distance, so the
 coarse pairs, noisy labels and all, drown the fine ones.
@@ -59,6 +61,13 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 
 
+def split_pairs(split: str, seed: int) -> list[Preference]:
+    """Training pairs that differ with the seed, and validation and test pairs that do not."""
+    if split == "train":
+        return demo_pairs(NUM_TRAIN_PAIRS, f"training {seed}")
+    return demo_pairs(NUM_EVAL_PAIRS, {"validation": "validation", "test": "held-out"}[split])
+
+
 def demo_pairs(num_pairs: int, seed: str) -> list[Preference]:
     """`num_pairs` pairs, fine and coarse by turns; the same ones for the same seed."""
     rng = random.Random(seed)  # a word, because Random(-1) draws what Random(1) draws
@@ -73,7 +82,10 @@ def _fine_pair(rng: random.Random) -> Preference:
     wrong[position] = rng.choice([2 * number for number in NUMBERS if number != numbers[position]])
     places = _places(style, rng)  # the same ones in both: the pair differs in one token
     return Preference(
-        _text(numbers, right, style, places), _text(numbers, wrong, style, places), category="fine: one wrong token"
+        _text(numbers, right, style, places),
+        _text(numbers, wrong, style, places),
+        margin=1.0,
+        category="fine: one wrong token",
     )
 
 
@@ -85,7 +97,7 @@ def _coarse_pair(rng: random.Random) -> Preference:
     if rng.random() > 1 / (1 + math.exp(-STYLE_SHARPNESS * difference)):
         first, second = second, first
     chosen, rejected = (_text(numbers, results, style, _places(style, rng)) for style in (first, second))
-    return Preference(chosen, rejected, category="coarse: noisy style")
+    return Preference(chosen, rejected, margin=abs(difference), category="coarse: noisy style")
 
 
 def _numbers(rng: random.Random) -> list[int]:

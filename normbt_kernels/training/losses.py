@@ -1,14 +1,21 @@
-"""The losses that `normbt train` compares. Each is called as `LinearNormBTLoss` is; they differ in the weight alone."""
+"""The losses that `normbt train` compares: Bradley-Terry, the paper's variants of it, and NormBT on top of each.
+
+name                      per pair, times the NormBT weight for normbt...
+bt                        -log sigma(d)
+bt-margin                 -log sigma(d - m)                           m: the pair's margin column
+bt-margin-out             -m log sigma(d)
+bt-smoothing              -(1-s) log sigma(d) - s log sigma(-d)       s: --label-smoothing
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from normbt_kernels import LinearNormBTLoss, linear_normbt_loss
-from normbt_kernels.training.arguments import TrainOptions
+from normbt_kernels.training.arguments import DEFAULT_SMOOTHING, TrainOptions, UserError
 
 # min(mu / (rho + eps), 1) is 1 for every distance that a model can produce.
 _HUGE = 1e30
@@ -35,9 +42,39 @@ class LinearBTLoss(nn.Module):
         )
 
 
-LOSSES: dict[str, Callable[[TrainOptions], nn.Module]] = {
-    "bt": lambda options: LinearBTLoss(options.label_smoothing, options.center_coef),
-    "normbt": lambda options: LinearNormBTLoss(
-        beta=options.beta, label_smoothing=options.label_smoothing, center_coef=options.center_coef
-    ),
-}
+def make_loss(name: str, options: TrainOptions) -> nn.Module:
+    """The module for one of `LOSS_NAMES`, called as `LinearNormBTLoss` is, on rows as `loss_rows` makes them."""
+    smoothing = 0.0
+    if name.endswith("-smoothing"):
+        smoothing = DEFAULT_SMOOTHING if options.label_smoothing is None else options.label_smoothing
+    if not name.startswith("normbt"):
+        return LinearBTLoss(smoothing, options.center_coef)
+    return LinearNormBTLoss(
+        beta=options.beta,
+        eps=options.eps,
+        max_weight=options.max_weight,
+        label_smoothing=smoothing,
+        center_coef=options.center_coef,
+    )
+
+
+def loss_rows(name: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tokenized pairs with the columns that the loss `name` is to see: the margin subtracted, multiplied or unused.
+
+    Raises:
+        UserError: the loss is about margins, and the pairs have none, or a negative one that would be a weight.
+    """
+    if "-margin" not in name:
+        return [{key: value for key, value in row.items() if key != "margin"} for row in rows]
+    if any("margin" not in row for row in rows):
+        raise UserError(f"--loss {name} needs pairs with the column 'margin'")
+    if not name.endswith("-out"):
+        return list(rows)
+    least = min(row["margin"] for row in rows)
+    if least < 0:
+        raise UserError(f"--loss {name} multiplies by the margin, which must not be negative: got {least}")
+    return [
+        {key: value for key, value in row.items() if key != "margin"}
+        | {"pair_weight": row["margin"] * row.get("pair_weight", 1.0)}
+        for row in rows
+    ]

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from normbt_kernels.training.arguments import UserError
+from normbt_kernels.training.arguments import STDLIB_FAULTS, UserError
 
 Text = str | list[dict[str, str]]  # plain text, or a conversation
 
@@ -46,11 +46,16 @@ def load_preferences(
 ) -> list[Preference]:
     """All pairs of a .json, .jsonl or .parquet file, or of a split of a hub dataset (or of a local copy of one).
 
-    Each row is read by `parse`, called as `parse_row`, which is the default.
+    The source "stdlib-faults" has the splits "train" and "validation"; any other one is its test split. Each row of
+    the others is read by `parse`, called as `parse_row`, which is the default.
 
     Raises:
         UserError: the source cannot be read, or a row is not a preference pair.
     """
+    if source == STDLIB_FAULTS:
+        from normbt_kernels.training import stdlib_faults
+
+        return stdlib_faults.split_pairs(split if split in ("train", "validation") else "test", seed=0)
     path = Path(source)
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix in readers:

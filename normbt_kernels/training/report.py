@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,30 @@ import transformers
 from transformers import TrainingArguments
 
 from normbt_kernels import __version__
+from normbt_kernels.resumable import write_whole
 
 RESULTS_NAME = "results.json"
 FIGURE_NAME = "results.png"
-LABELS = {"bt": "BT", "normbt": "NormBT"}
-COLORS = {"bt": "#9a9a9a", "normbt": "#1f6fb4"}
+LABELS = {
+    "bt": "BT",
+    "bt-margin": "BT margin",
+    "bt-margin-out": "BT margin-out",
+    "bt-smoothing": "BT smoothing",
+    "normbt": "NormBT",
+    "normbt-margin": "NormBT margin",
+    "normbt-margin-out": "NormBT margin-out",
+    "normbt-smoothing": "NormBT smoothing",
+}
+COLORS = {
+    "bt": "#9a9a9a",
+    "bt-margin": "#c9a66b",
+    "bt-margin-out": "#a0522d",
+    "bt-smoothing": "#d3c4b4",
+    "normbt": "#1f6fb4",
+    "normbt-margin": "#5ab4c9",
+    "normbt-margin-out": "#1b9e77",
+    "normbt-smoothing": "#9ecae1",
+}
 
 
 @dataclass(frozen=True)
@@ -93,13 +111,15 @@ def _groups(rows: Sequence[dict[str, Any]], distance: np.ndarray) -> list[tuple[
 def table(results: dict[str, Any]) -> str:
     """Held-out accuracy by group, one column per loss."""
     losses = list(results["losses"])
+    columns = {loss: max(9, len(LABELS[loss]) + 2) for loss in losses}
     width = max(len(group["name"]) for group in results["groups"]) + 12
-    lines = ["", f"{'held-out accuracy':{width}}{'pairs':>7}" + "".join(f"{LABELS[loss]:>9}" for loss in losses)]
+    header = "".join(f"{LABELS[loss]:>{column}}" for loss, column in columns.items())
+    lines = ["", f"{'held-out accuracy':{width}}{'pairs':>7}{header}"]
     previous = ""
     for group in results["groups"]:
         kind = group["kind"] if group["kind"] != previous else ""
         previous = group["kind"]
-        accuracies = "".join(f"{group['accuracy'][loss]:9.3f}" for loss in losses)
+        accuracies = "".join(f"{group['accuracy'][loss]:{column}.3f}" for loss, column in columns.items())
         lines.append(f"{kind:10}{group['name']:{width - 10}}{group['num_pairs']:7}{accuracies}")
     lines += [
         "",
@@ -122,14 +142,11 @@ def write(results: dict[str, Any], output_dir: Path) -> list[Path]:
         print("no figure: it needs matplotlib (pip install 'normbt-kernels[plot]')")
     else:
         matplotlib.use("Agg")
-        temporary = figure.with_name(f".{FIGURE_NAME}.tmp")
-        draw(results, temporary)
-        os.replace(temporary, figure)
+        write_whole(figure, lambda path: draw(results, path))
         written.append(figure)
     path = output_dir / RESULTS_NAME
-    temporary = path.with_name(f".{RESULTS_NAME}.tmp")
-    temporary.write_text(json.dumps(_plain(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(_plain(results), indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda path: path.write_text(text, encoding="utf-8"))
     return [*written, path]
 
 

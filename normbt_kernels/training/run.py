@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 
 from normbt_kernels.integrations.checkpoint import last_whole_checkpoint
 from normbt_kernels.integrations.transformers import NormBTTrainer
-from normbt_kernels.training import demo, report
-from normbt_kernels.training.arguments import TrainOptions, UserError
-from normbt_kernels.training.losses import LOSSES
+from normbt_kernels.training import report
+from normbt_kernels.training.arguments import STDLIB_FAULTS, TrainOptions, UserError
+from normbt_kernels.training.built_in import BuiltIn
+from normbt_kernels.training.losses import loss_rows, make_loss
 from normbt_kernels.training.models import load_model, load_tokenizer
 from normbt_kernels.training.preferences import Preference, load_preferences, tokenize
 
@@ -35,19 +36,17 @@ class Job:
     losses: Sequence[str]
 
 
-def demo_job(options: TrainOptions, seed: int) -> Job:
-    """The embedded default. The held-out pairs are the same whatever the seed."""
-    torch.set_num_threads(1)  # more gain nothing on a model this small, and lose much where cores are shared
-    tokenizer = demo.demo_tokenizer()
-    train_pairs = demo.demo_pairs(demo.NUM_TRAIN_PAIRS, seed=f"training {seed}")
-    eval_pairs = demo.demo_pairs(demo.NUM_EVAL_PAIRS, seed="held-out")
+def built_in_job(built_in: BuiltIn, options: TrainOptions, seed: int) -> Job:
+    """A data set that needs no download, and its model. The held-out pairs are the same whatever the seed."""
+    torch.set_num_threads(1)  # more gain nothing on models this small, and lose much where cores are shared
+    tokenizer = built_in.make_tokenizer()
     return Job(
-        model_name="embedded tiny Llama",
-        dataset_name="embedded generated pairs",
-        make_model=lambda: demo.demo_model(tokenizer),
+        model_name=built_in.model_name,
+        dataset_name=built_in.name,
+        make_model=lambda: built_in.make_model(tokenizer),
         tokenizer=tokenizer,
-        train_rows=_rows(train_pairs, "training", tokenizer, options.max_length),
-        eval_rows=_rows(eval_pairs, "held-out", tokenizer, options.max_length),
+        train_rows=_rows(built_in.pairs("train", seed), "training", tokenizer, options.max_length),
+        eval_rows=_rows(built_in.pairs("test", seed), "held-out", tokenizer, options.max_length),
         losses=options.loss or ("bt", "normbt"),
     )
 
@@ -61,8 +60,13 @@ def user_job(options: TrainOptions, seed: int) -> Job:
     train_pairs = load_preferences(options.dataset, options.dataset_config, options.dataset_split)
     if options.eval_dataset is not None:
         eval_pairs = load_preferences(options.eval_dataset, options.dataset_config, options.eval_split)
+    elif options.dataset == STDLIB_FAULTS:
+        eval_pairs = load_preferences(options.dataset, None, "test")  # modules that are not trained on
     else:
         train_pairs, eval_pairs = _hold_out(train_pairs, options.eval_fraction, seed)
+    losses = options.loss or ("normbt",)
+    if train_pairs[0].margin is not None and not any("-margin" in name for name in losses):
+        print(f"the pairs have margins, which --loss {' '.join(losses)} leaves unused; normbt-margin uses them")
     tokenizer = load_tokenizer(options.model)
     max_length = min(options.max_length, tokenizer.model_max_length)
     return Job(
@@ -72,7 +76,7 @@ def user_job(options: TrainOptions, seed: int) -> Job:
         tokenizer=tokenizer,
         train_rows=_rows(train_pairs, "training", tokenizer, max_length),
         eval_rows=_rows(eval_pairs, "held-out", tokenizer, max_length),
-        losses=options.loss or ("normbt",),
+        losses=losses,
     )
 
 
@@ -112,7 +116,8 @@ def run(job: Job, options: TrainOptions, args: TrainingArguments) -> None:
     """Trains with each loss into `args.output_dir`/<loss>, then writes the comparison beside them."""
     output_dir = Path(args.output_dir)
     print(f"{len(job.train_rows)} training pairs, {len(job.eval_rows)} held-out pairs, on {args.device}", flush=True)
-    trained = {name: _train(name, job, options, args) for name in job.losses}
+    rows = {name: (loss_rows(name, job.train_rows), loss_rows(name, job.eval_rows)) for name in job.losses}
+    trained = {name: _train(name, *rows[name], job, options, args) for name in job.losses}
     if args.process_index > 0:
         return
     results = report.compare(trained, job.eval_rows, job.model_name, job.dataset_name, args)
@@ -125,17 +130,24 @@ def run(job: Job, options: TrainOptions, args: TrainingArguments) -> None:
         )
 
 
-def _train(name: str, job: Job, options: TrainOptions, args: TrainingArguments) -> report.Trained:
+def _train(
+    name: str,
+    train_rows: Sequence[dict[str, Any]],
+    eval_rows: Sequence[dict[str, Any]],
+    job: Job,
+    options: TrainOptions,
+    args: TrainingArguments,
+) -> report.Trained:
     args = copy.copy(args)
     args.output_dir = str(Path(args.output_dir) / name)
     set_seed(args.seed)  # the same initial weights for every loss; Trainer seeds the data order alike
     trainer = NormBTTrainer(
         job.make_model(),
         args,
-        train_dataset=job.train_rows,
-        eval_dataset=job.eval_rows,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         processing_class=job.tokenizer,
-        loss=LOSSES[name](options),
+        loss=make_loss(name, options),
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -144,7 +156,7 @@ def _train(name: str, job: Job, options: TrainOptions, args: TrainingArguments) 
     trainer.train(resume_from_checkpoint=_checkpoint(args))
     seconds = time.perf_counter() - start
     trainer.save_model()
-    prediction = trainer.predict(job.eval_rows)
+    prediction = trainer.predict(eval_rows)
     return report.Trained(
         *prediction.predictions, metrics=prediction.metrics, history=trainer.state.log_history, seconds=seconds
     )

@@ -1,0 +1,401 @@
+"""Does NormBT train better reward models? Each loss at its own best learning rate, over seeds, on held-out pairs.
+
+A training run is a small model from scratch on a data set that needs no download, with the real Trainer. A seed draws
+the weights, the data order and (embedded pairs) the training pairs, alike for every loss, so that losses can be
+compared seed by seed. For each loss the learning rate of the best mean accuracy on the validation pairs is taken,
+from the same grid; what is reported is the accuracy of all seeds at that rate on the test pairs. Both kinds of pairs
+are never trained on, and the choice does not see the test pairs.
+
+    mixed      fine pairs (one fault) and coarse pairs (much differs): the paper's situation
+    fine-only  the control: without coarse pairs there is little for NormBT to mend
+
+Thirds by distance are those of the plain BT model of the same seed, the same pairs for every loss. Intervals are 95%
+by Student's t over seeds; the tests are paired over seeds and two-sided, and not corrected for their number. The
+sensitivity sweep changes one of NormBT's constants at a time, at NormBT's own learning rate.
+
+Each finished run is kept in a folder of its own settings under --runs; started again, the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import normbt_kernels
+from bench.harness import RESULTS, Report, print_table
+from normbt_kernels.resumable import write_whole
+from normbt_kernels.training.arguments import LOSS_NAMES, STDLIB_FAULTS, TrainOptions
+from normbt_kernels.training.report import COLORS, LABELS
+
+SETTINGS = ("mixed", "fine-only")
+CONSTANTS = {
+    "beta": (0.0, 0.5, 0.9, 0.99),
+    "eps": (1e-6, 0.1, 1.0, 10.0),
+    "max_weight": (1.0, 2.0, 5.0, 100.0),
+}
+DEFAULTS = {"beta": 0.9, "eps": 1e-6, "max_weight": 100.0}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", choices=("embedded", STDLIB_FAULTS), default="embedded")
+    parser.add_argument("--loss", nargs="+", choices=LOSS_NAMES, default=LOSS_NAMES, help="(default: all)")
+    parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=SETTINGS, help="(default: both)")
+    parser.add_argument("--seeds", type=int, help="(default: 8, --quick: 2)")
+    parser.add_argument("--grid-seeds", type=int, help="seeds that choose a learning rate (default: 2, --quick: 1)")
+    parser.add_argument("--learning-rate", nargs="+", type=float, help="grid (default: 2.5e-4 5e-4 1e-3 2e-3)")
+    parser.add_argument("--steps", type=int, help="of a run (default: the data set's own, --quick: 40)")
+    parser.add_argument("--sensitivity-seeds", type=int, help="0 for no sweep (default: 4, --quick: 0)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: %(default)s, one per core)")
+    parser.add_argument("--runs", type=Path, default=Path("quality-runs"), help="finished runs (default: %(default)s)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. `constants` are those of NormBT that are not the defaults."""
+
+    dataset: str
+    setting: str
+    loss: str
+    learning_rate: float
+    seed: int
+    steps: int | None
+    constants: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def path(self) -> str:
+        constants = "".join(f"-{name}{value:g}" for name, value in self.constants)
+        return f"{self.setting}-{self.loss}{constants}-lr{self.learning_rate:g}-seed{self.seed}.npz"
+
+
+def run(options: argparse.Namespace) -> int:
+    options.out = options.out or RESULTS / "quality"
+    name = "quality" if options.dataset == "embedded" else f"quality-{options.dataset}"
+    report = Report(name, options)
+    quick = options.quick
+    seeds = range(options.seeds or (2 if quick else 8))
+    grid_seeds = range(min(options.grid_seeds or (1 if quick else 2), len(seeds)))
+    grid = options.learning_rate or ([1e-3] if quick else [2.5e-4, 5e-4, 1e-3, 2e-3])
+    steps = options.steps or (40 if quick else None)
+    sweep_seeds = range((0 if quick else 4) if options.sensitivity_seeds is None else options.sensitivity_seeds)
+    folder = options.runs / _digest(options.dataset, steps)
+
+    def train(runs: Iterable[Run], what: str) -> None:
+        train_all(list(runs), folder, options.processes, what)
+
+    def predictions(run: Run) -> dict[str, np.ndarray]:
+        with np.load(folder / run.path) as arrays:
+            return dict(arrays)
+
+    cells = [(setting, loss) for setting in options.setting for loss in options.loss]
+
+    def cell_run(cell: tuple[str, str], learning_rate: float, seed: int) -> Run:
+        return Run(options.dataset, *cell, learning_rate, seed, steps)
+
+    train((cell_run(cell, rate, seed) for cell in cells for rate in grid for seed in grid_seeds), "learning rates")
+
+    def validation_accuracy(cell: tuple[str, str], learning_rate: float) -> float:
+        runs = (predictions(cell_run(cell, learning_rate, seed)) for seed in grid_seeds)
+        return float(np.mean([correct(run, "validation").mean() for run in runs]))
+
+    validation = {cell: {rate: validation_accuracy(cell, rate) for rate in grid} for cell in cells}
+    best = {cell: max(validation[cell], key=validation[cell].get) for cell in cells}
+    train((cell_run(cell, best[cell], seed) for cell in cells for seed in seeds), "seeds")
+
+    settings = {}
+    for setting in options.setting:
+        runs = {
+            loss: [predictions(cell_run((setting, loss), best[setting, loss], seed)) for seed in seeds]
+            for loss in options.loss
+        }
+        settings[setting] = {
+            "learning_rates": {
+                loss: {"validation_accuracy": validation[setting, loss], "chosen": best[setting, loss]}
+                for loss in options.loss
+            },
+            "groups": compare(runs),
+        }
+    print_settings(settings)
+
+    sensitivity = []
+    if sweep_seeds and ("mixed", "normbt") in cells:
+        standard = cell_run(("mixed", "normbt"), best["mixed", "normbt"], 0)
+        variants = [
+            (name, value, ((name, value),) if value != DEFAULTS[name] else ())
+            for name, values in CONSTANTS.items()
+            for value in values
+        ]
+        swept = {
+            (name, value): [replace(standard, seed=seed, constants=constants) for seed in sweep_seeds]
+            for name, value, constants in variants
+        }
+        train({run: None for runs in swept.values() for run in runs}, "sensitivity")
+        for (constant, value), runs in swept.items():
+            groups = group_accuracies([predictions(run) for run in runs])
+            sensitivity.append(
+                {"constant": constant, "value": value, "groups": {key: mean_interval(of) for key, of in groups.items()}}
+            )
+        print_sensitivity(sensitivity)
+
+    results = {
+        "dataset": options.dataset,
+        "steps": steps,
+        "seeds": len(seeds),
+        "grid": {"learning_rates": list(grid), "seeds": len(grid_seeds)},
+        "defaults": DEFAULTS,
+        "settings": settings,
+        "sensitivity": {"seeds": len(sweep_seeds), "rows": sensitivity},
+    }
+    report.save(results)
+    report.save_figure(lambda plt: draw(plt, results))
+    return 0
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def _digest(dataset: str, steps: int | None) -> str:
+    """Names what a run depends on beside its own fields: pairs, model, training defaults and the package's version."""
+    built_in, tokenizer, _ = load(dataset, "mixed", 0)
+    pairs = [built_in.pairs(split, 0) for split in ("train", "validation", "test")]
+    config = built_in.make_model(tokenizer).config.to_json_string()
+    facts = (pairs, config, built_in.training_defaults, steps, normbt_kernels.__version__)
+    return f"{dataset}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+
+
+def train_all(runs: Sequence[Run], folder: Path, processes: int, what: str) -> None:
+    """Has each run's predictions in `folder`, training those that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [run for run in runs if not (folder / run.path).exists()]
+    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=what, unit="run") as bar:
+        if not missing:
+            return
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+        try:
+            for done in as_completed([pool.submit(train_one, run, folder) for run in missing]):
+                done.result()
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def train_one(run: Run, folder: Path) -> None:
+    """Trains, and writes fp32 rewards and distances of the validation and the test pairs, `(P,)` each."""
+    import torch
+    from transformers import PrinterCallback, TrainingArguments, set_seed
+    from transformers.utils import logging
+
+    from normbt_kernels.integrations.transformers import NormBTTrainer
+    from normbt_kernels.training.losses import loss_rows, make_loss
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    built_in, tokenizer, rows = load(run.dataset, run.setting, run.seed)
+    constants = dict(run.constants)
+    settings = built_in.training_defaults | {"learning_rate": run.learning_rate, "seed": run.seed}
+    settings |= {"eval_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "report_to": "none"}
+    if run.steps is not None:
+        settings |= {"max_steps": run.steps, "warmup_steps": run.steps // 10}
+    with tempfile.TemporaryDirectory() as scratch:
+        set_seed(run.seed)
+        trainer = NormBTTrainer(
+            built_in.make_model(tokenizer),
+            TrainingArguments(scratch, **settings),
+            train_dataset=loss_rows(run.loss, rows["train"]),
+            processing_class=tokenizer,
+            loss=make_loss(run.loss, TrainOptions(**constants)),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        arrays = {}
+        for split in ("validation", "test"):
+            scores = trainer.predict(loss_rows(run.loss, rows[split])).predictions
+            for kind, values in zip(("chosen", "rejected", "distance"), scores, strict=True):
+                arrays[f"{split}_{kind}"] = values
+            arrays[f"{split}_category"] = np.array([row["category"] for row in rows[split]])
+    write_whole(folder / run.path, lambda path: np.savez_compressed(path, **arrays))
+
+
+@lru_cache(maxsize=2)
+def load(dataset: str, setting: str, seed: int) -> tuple[Any, Any, dict[str, list[dict[str, Any]]]]:
+    """The data set, its tokenizer, and its tokenized pairs by split."""
+    from normbt_kernels.training.built_in import EMBEDDED, STANDARD_LIBRARY
+    from normbt_kernels.training.preferences import tokenize_pair
+
+    built_in = STANDARD_LIBRARY if dataset == STDLIB_FAULTS else EMBEDDED
+    tokenizer = built_in.make_tokenizer()
+    rows = {}
+    for split in ("train", "validation", "test"):
+        pairs = built_in.pairs(split, seed)
+        if setting == "fine-only":
+            pairs = [pair for pair in pairs if pair.category.startswith("fine")]
+        rows[split] = [tokenize_pair(pair, tokenizer) for pair in pairs]
+    return built_in, tokenizer, rows
+
+
+# --- comparison --------------------------------------------------------------------------------------------------
+
+
+def correct(arrays: dict[str, np.ndarray], split: str) -> np.ndarray:
+    """Which pairs of a run are right, strictly."""
+    return arrays[f"{split}_chosen"] > arrays[f"{split}_rejected"]
+
+
+def group_accuracies(
+    runs: Sequence[dict[str, np.ndarray]], thirds_of: Sequence[dict[str, np.ndarray]] = ()
+) -> dict[str, list[float]]:
+    """Test accuracy of each run, by group of pairs: all, each category, and thirds by the distances of `thirds_of`."""
+    groups: dict[str, list[float]] = {"all": [float(correct(run, "test").mean()) for run in runs]}
+    for category in np.unique(runs[0]["test_category"]):
+        groups[str(category)] = [float(correct(run, "test")[run["test_category"] == category].mean()) for run in runs]
+    for run, reference in zip(runs, thirds_of, strict=bool(thirds_of)):
+        order = np.argsort(reference["test_distance"], kind="stable")
+        for third, members in zip(("closest", "middle", "farthest"), np.array_split(order, 3), strict=True):
+            groups.setdefault(f"{third} third", []).append(float(correct(run, "test")[members].mean()))
+    if len(np.unique(runs[0]["test_category"])) == 1:
+        del groups[str(runs[0]["test_category"][0])]  # it is all pairs
+    return groups
+
+
+def compare(runs: dict[str, Sequence[dict[str, np.ndarray]]]) -> dict[str, Any]:
+    """By group: each loss's accuracies with their interval, and differences paired by seed: to plain BT, and of NormBT
+    on top of a loss to that loss."""
+    accuracies = {loss: group_accuracies(of_loss, runs.get("bt", ())) for loss, of_loss in runs.items()}
+    pairs = [(loss, "bt") for loss in runs if loss != "bt" and "bt" in runs]
+    pairs += [(f"norm{loss}", loss) for loss in runs if loss != "bt" and f"norm{loss}" in runs]
+    groups: dict[str, Any] = {}
+    for group in next(iter(accuracies.values())):
+        of_loss = {loss: accuracies[loss][group] for loss in runs}
+        groups[group] = {
+            "accuracy": {loss: mean_interval(of_loss[loss]) | {"seeds": of_loss[loss]} for loss in runs},
+            "difference": [
+                {"loss": loss, "baseline": baseline} | paired(of_loss[loss], of_loss[baseline])
+                for loss, baseline in pairs
+            ],
+        }
+    return groups
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and its 95% interval by Student's t; null for one value, which has no spread."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return {"mean": mean, "interval_95": None}
+    from scipy import stats
+
+    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return {"mean": mean, "interval_95": [mean - float(half), mean + float(half)]}
+
+
+def paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    """Mean of the differences seed by seed, its interval, and the p-value of a paired t test (null: all are equal)."""
+    from scipy import stats
+
+    differences = np.subtract(values, baseline)
+    p_value = float(stats.ttest_rel(values, baseline).pvalue) if np.ptp(differences) > 0 else None
+    return mean_interval(differences) | {"p_value": p_value}
+
+
+# --- terminal and figure -----------------------------------------------------------------------------------------
+
+
+def print_settings(settings: dict[str, Any]) -> None:
+    for setting, of in settings.items():
+        losses = list(of["learning_rates"])
+        print(f"\n{setting}: accuracy on test pairs, mean over seeds +- half its 95% interval")
+        print_table(
+            ["loss", "learning rate", *of["groups"]],
+            [
+                [LABELS[loss], f"{of['learning_rates'][loss]['chosen']:g}",
+                 *(_plus_minus(group["accuracy"][loss]) for group in of["groups"].values())]
+                for loss in losses
+            ],
+        )  # fmt: skip
+        print(f"\n{setting}: difference, paired by seed, and its p-value")
+        rows = zip(*(group["difference"] for group in of["groups"].values()), strict=True)
+        print_table(
+            ["loss", "less", *of["groups"]],
+            [
+                [LABELS[row[0]["loss"]], LABELS[row[0]["baseline"]], *(_difference(cell) for cell in row)]
+                for row in rows
+            ],
+        )
+
+
+def print_sensitivity(rows: Sequence[dict[str, Any]]) -> None:
+    print("\nNormBT with one constant changed: accuracy on test pairs")
+    print_table(
+        ["constant", "value", *rows[0]["groups"]],
+        [[row["constant"], f"{row['value']:g}", *map(_plus_minus, row["groups"].values())] for row in rows],
+    )
+
+
+def _plus_minus(value: dict[str, Any]) -> str:
+    if value["interval_95"] is None:
+        return f"{value['mean']:.3f}"
+    return f"{value['mean']:.3f} +-{(value['interval_95'][1] - value['mean']):.3f}"
+
+
+def _difference(value: dict[str, Any]) -> str:
+    p_value = "" if value["p_value"] is None else f" p={value['p_value']:.3f}"
+    return f"{value['mean']:+.3f}{p_value}"
+
+
+def draw(plt: Any, results: dict[str, Any]) -> Any:
+    """A row of panels for each setting, one panel per group: mean and interval of each loss. Below, what learning rates
+    and NormBT's constants do."""
+    settings, sweep = results["settings"], results["sensitivity"]["rows"]
+    num_columns = max(
+        len(settings) + (len(CONSTANTS) if sweep else 0), *(len(of["groups"]) for of in settings.values())
+    )
+    num_rows = len(settings) + 1
+    figure, axes = plt.subplots(
+        num_rows, num_columns, figsize=(2.6 * num_columns + 1, 2.9 * num_rows), squeeze=False, layout="constrained"
+    )
+    for row, (setting, of) in zip(axes, settings.items(), strict=False):
+        losses = list(of["learning_rates"])[::-1]  # so that the first is on top
+        for axis, (group, values) in zip(row, of["groups"].items(), strict=False):
+            for height, loss in enumerate(losses):
+                value = values["accuracy"][loss]
+                low, high = value["interval_95"] or (value["mean"], value["mean"])
+                axis.plot([low, high], [height, height], color=COLORS[loss], linewidth=2)
+                axis.plot(value["mean"], height, "o", color=COLORS[loss])
+                axis.plot(value["seeds"], [height] * len(value["seeds"]), "|", color=COLORS[loss], alpha=0.5)
+            axis.set_yticks(range(len(losses)), [LABELS[loss] for loss in losses] if axis is row[0] else [])
+            axis.set_title(group, fontsize=10)
+        row[0].set_ylabel(setting)
+        row[0].set_xlabel("test accuracy: mean, 95% interval, seeds", fontsize=8)
+    for axis, (setting, of) in zip(axes[-1], settings.items(), strict=False):
+        for loss, rates in of["learning_rates"].items():
+            values = {float(rate): accuracy for rate, accuracy in rates["validation_accuracy"].items()}
+            axis.semilogx(list(values), list(values.values()), "o-", color=COLORS[loss], markersize=3)
+        axis.set(xlabel="learning rate", ylabel="validation accuracy", title=f"{setting}: each rate, each loss")
+    for axis, constant in zip(axes[-1][len(settings) :], CONSTANTS if sweep else (), strict=False):
+        rows = [row for row in sweep if row["constant"] == constant]
+        for group in rows[0]["groups"]:
+            means = [row["groups"][group]["mean"] for row in rows]
+            ends = [row["groups"][group]["interval_95"] or (mean, mean) for row, mean in zip(rows, means, strict=True)]
+            places = range(len(rows))
+            axis.plot(places, means, "o-", label=group)
+            axis.fill_between(places, *zip(*ends, strict=True), alpha=0.15)
+        axis.set_xticks(places, [f"{row['value']:g}" for row in rows])
+        axis.set(xlabel=f"NormBT's {constant}", ylabel="test accuracy")
+        axis.legend(fontsize=7)
+    for axis in axes.flat:
+        if not axis.has_data():
+            axis.remove()
+    figure.suptitle(
+        f"{results['dataset']} pairs, {results['seeds']} seeds, each loss at its own learning rate", fontsize=11
+    )
+    return figure

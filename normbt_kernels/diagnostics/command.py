@@ -1,0 +1,117 @@
+"""`normbt diagnose`: a model and pairs in, table, JSON and figure out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
+
+from normbt_kernels import __version__
+from normbt_kernels.diagnostics.measure import diagnose, partial_files
+from normbt_kernels.diagnostics.report import can_draw
+from normbt_kernels.evaluation import demo_pairs
+from normbt_kernels.integrations.transformers import NormBTTrainer
+from normbt_kernels.resumable import partial_path, write_whole
+from normbt_kernels.training.arguments import STDLIB_FAULTS, UserError
+from normbt_kernels.training.built_in import EMBEDDED, STANDARD_LIBRARY, BuiltIn
+from normbt_kernels.training.losses import LinearBTLoss, loss_rows
+from normbt_kernels.training.models import load_model, load_tokenizer
+from normbt_kernels.training.preferences import load_preferences, num_tokens, tokenize
+from normbt_kernels.training.run import LossOnTheBar
+
+SEED = 42
+FEW_STEPS = 200  # of BT: on the embedded pairs enough to learn the style, and too few to learn the arithmetic
+
+
+def run(
+    model: str | None,
+    dataset: str | None,
+    dataset_config: str | None,
+    dataset_split: str,
+    num_gradients: int,
+    batch_size: int,
+    max_length: int,
+    device: str,
+    dtype: str,
+    out: Path,
+) -> None:
+    """`normbt diagnose`; the arguments are its flags.
+
+    Raises:
+        UserError: the model or the data cannot be read, or do not fit together.
+    """
+    from_scratch = {None: EMBEDDED, STDLIB_FAULTS: STANDARD_LIBRARY}.get(dataset) if model is None else None
+    if model is None and from_scratch is None:
+        raise UserError("--dataset needs a --model; leave out both for the embedded default")
+    tokenizer = load_tokenizer(model) if from_scratch is None else from_scratch.make_tokenizer()
+    if from_scratch is not None:
+        pairs = from_scratch.pairs("test", SEED)
+    else:
+        pairs = demo_pairs(tokenizer) if dataset is None else load_preferences(dataset, dataset_config, dataset_split)
+    rows = tokenize(pairs, tokenizer, sys.maxsize, "tokenizing")
+    limit = min(max_length, tokenizer.model_max_length)
+    if min(map(num_tokens, rows)) > limit:
+        raise UserError(f"all {len(rows)} pairs are longer than {limit} tokens (--max-length)")
+    set_seed(SEED)  # of a new head, where the checkpoint has none
+    if from_scratch is not None:
+        classifier = _half_trained(from_scratch, tokenizer, device).to(getattr(torch, dtype))
+    else:
+        classifier = load_model(model, tokenizer, dtype)
+
+    partial = partial_path(out)
+    try:
+        diagnosis = diagnose(
+            classifier.to(device),
+            tokenizer,
+            rows,
+            num_gradients=num_gradients,
+            batch_size=batch_size,
+            max_length=limit,
+            partial=partial,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    report = {
+        "model": model or f"{from_scratch.model_name} after {FEW_STEPS} steps of BT",
+        "dataset": dataset or EMBEDDED.name,
+        "dtype": str(classifier.dtype).removeprefix("torch."),
+        **diagnosis.summary(),
+        "versions": {
+            "normbt-kernels": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    written = [out]
+    if can_draw():
+        written.append(out.with_suffix(".png"))
+        write_whole(written[-1], diagnosis.plot)
+    write_whole(out, lambda path: path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8"))
+    for path in partial_files(partial):
+        path.unlink()
+    print(f"{report['model']}, {report['dataset']}\n{diagnosis}")
+    print(*(f"wrote {path}" for path in written), sep="\n")
+
+
+def _half_trained(built_in: BuiltIn, tokenizer: PreTrainedTokenizerBase, device: str) -> PreTrainedModel:
+    """A data set's own model in the middle of its training with BT."""
+    torch.set_num_threads(1)  # more gain nothing on models this small, and lose much where cores are shared
+    args = built_in.training_defaults | {"max_steps": FEW_STEPS, "eval_strategy": "no", "logging_strategy": "no"}
+    rows = tokenize(built_in.pairs("train", SEED), tokenizer, sys.maxsize, "tokenizing training pairs")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = NormBTTrainer(
+            built_in.make_model(tokenizer),
+            TrainingArguments(folder, seed=SEED, use_cpu=device == "cpu", report_to="none", **args),
+            train_dataset=loss_rows("bt", rows),
+            processing_class=tokenizer,
+            loss=LinearBTLoss(),
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossOnTheBar("training with BT"))
+        trainer.train()
+    return trainer.model

@@ -1,0 +1,207 @@
+"""What measured errors, distances and gradients say: slopes, shares, and the decomposition by error and distance."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from normbt_kernels.diagnostics import report
+
+PARTS, LOSSES = ("head", "backbone"), ("bt", "normbt")
+QUARTILES = (0.25, 0.5, 0.75)
+FEWEST_PAIRS = 10  # that a slope is fitted to
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Slope of log gradient norm on log distance at a fixed error, its 95% interval, and the pairs it is fitted to.
+
+    Numbers are rounded to 4 decimals, the ends of the interval outwards: where the slope is exact (BT's head), the
+    interval would otherwise be narrower than a rounding error.
+    """
+
+    slope: float
+    low: float
+    high: float
+    num_pairs: int
+
+
+def slope_at_fixed_error(log_norm: np.ndarray, log_distance: np.ndarray, log_error: np.ndarray) -> Slope | None:
+    """Least squares of log norm on log distance and log error, (P,) each; pairs that are not finite are left out.
+
+    The interval is slope +- 1.96 standard errors that hold for unequal variances (HC3: MacKinnon and White, 1985).
+    None with fewer than 10 pairs, or where the error alone tells the distance, of all of them or of all but one.
+    """
+    usable = np.isfinite(log_norm) & np.isfinite(log_distance)
+    if usable.sum() < FEWEST_PAIRS:
+        return None
+    y, x, error = log_norm[usable], log_distance[usable], log_error[usable]
+    given_error = np.column_stack([np.ones_like(error), error])
+    left_over = x - given_error @ np.linalg.lstsq(given_error, x, rcond=None)[0]
+    if left_over.std() < 1e-6:
+        return None
+    design = np.column_stack([given_error, x])
+    inverse = np.linalg.pinv(design)
+    coefficients = inverse @ y
+    leverage = np.einsum("ij,ji->i", design, inverse)
+    if leverage.max() > 1 - 1e-9:  # the slope goes through that pair, wherever it lies: nothing tells how sure it is
+        return None
+    residual = (y - design @ coefficients) / (1 - leverage)
+    slope, spread = coefficients[-1], 1.96 * np.linalg.norm(inverse[-1] * residual)
+    low, high = np.floor((slope - spread) * 1e4) / 1e4, np.ceil((slope + spread) * 1e4) / 1e4
+    return Slope(round(float(slope), 4), float(low), float(high), int(usable.sum()))
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` measured on P pairs, and M of them with their backbone gradient. fp64 arrays on the host.
+
+    Attributes:
+        difference: `(P,)` r_chosen - r_rejected.
+        distance: `(P,)` ||h_chosen - h_rejected||_2.
+        sample: `(M,)` numbers of the pairs whose backbone gradient was measured.
+        sensitivity: `(M,)` ||d difference / d backbone||_2; times the error it is the norm of BT's gradient.
+        categories: of each pair, if the data have them.
+        number: `(P,)` place of each pair among those that were given, counted from 1.
+        num_left_out: pairs that were too long.
+        eps, max_weight: of NormBT's weight.
+
+    `print(diagnosis)` shows the table, `to_json()` gives everything in it as text, `plot(path)` draws the figure.
+    """
+
+    difference: np.ndarray
+    distance: np.ndarray
+    sample: np.ndarray
+    sensitivity: np.ndarray
+    categories: list[str] | None
+    number: np.ndarray
+    num_left_out: int
+    eps: float
+    max_weight: float | None
+
+    @property
+    def mu(self) -> float:
+        """Mean distance of all pairs."""
+        return float(self.distance.mean())
+
+    @property
+    def log_error(self) -> np.ndarray:
+        """log(1 - sigma(difference)), which does not underflow, `(P,)`."""
+        return -np.logaddexp(0, self.difference)
+
+    @property
+    def weight(self) -> np.ndarray:
+        """NormBT's weight, `(P,)`."""
+        return np.minimum(self.mu / (self.distance + self.eps), np.inf if self.max_weight is None else self.max_weight)
+
+    def members(self, part: str) -> np.ndarray:
+        """Numbers of the pairs whose gradient is known for `part`: "head" or "backbone"."""
+        return np.arange(len(self.distance)) if part == "head" else self.sample
+
+    def log_gradient(self, part: str, loss: str) -> np.ndarray:
+        """Log norm of each member's gradient with respect to `part`, under `loss`: "bt" or "normbt"."""
+        pairs = self.members(part)
+        with np.errstate(divide="ignore"):  # where the distance is 0, the head has no gradient
+            of_difference = np.log(self.distance if part == "head" else self.sensitivity)
+        return self.log_error[pairs] + of_difference + (np.log(self.weight[pairs]) if loss == "normbt" else 0)
+
+    def slope(self, part: str, loss: str) -> Slope | None:
+        """How the gradient of `part` grows with the distance at a fixed error."""
+        pairs = self.members(part)
+        with np.errstate(divide="ignore"):
+            log_distance = np.log(self.distance[pairs])
+        return slope_at_fixed_error(self.log_gradient(part, loss), log_distance, self.log_error[pairs])
+
+    def shares(self, part: str, loss: str, groups: Sequence[np.ndarray]) -> list[float]:
+        """What each group of pairs, a `(P,)` mask, receives of the sum of all members' gradient norms."""
+        log_norms = self.log_gradient(part, loss)
+        norms = np.exp(log_norms - log_norms.max())  # so that a model that is sure of all pairs leaves no 0 / 0
+        return [float(norms[group[self.members(part)]].sum() / norms.sum()) for group in groups]
+
+    def mean(self, part: str, loss: str, group: np.ndarray) -> float | None:
+        """Mean gradient norm of the members in `group`, a `(P,)` mask; None if there are none."""
+        norms = np.exp(self.log_gradient(part, loss))[group[self.members(part)]]
+        return float(norms.mean()) if len(norms) else None
+
+    def summary(self) -> dict[str, Any]:
+        """Everything that is reported, as JSON has it."""
+        error = np.exp(self.log_error)
+        by_error, error_edges = _quarters(error)
+        by_distance, distance_edges = _quarters(self.distance)
+        share = _each(lambda part, loss: self.shares(part, loss, by_distance))
+        summary = {
+            "num_pairs": len(self.distance),
+            "num_left_out": self.num_left_out,
+            "num_gradients": len(self.sample),
+            "accuracy": float((self.difference > 0).mean()),
+            "mean_distance": self.mu,
+            "eps": self.eps,
+            "max_weight": self.max_weight,
+            "slopes": _each(lambda part, loss: _as_dict(self.slope(part, loss))),
+            "slopes_are": "least squares of log gradient norm on log distance and log error, 95% interval by HC3",
+            "distance_quartiles": {"edges": distance_edges, "share_of_gradient": share},
+            "bins": {
+                "error_edges": error_edges,
+                "distance_edges": distance_edges,
+                "cells": [
+                    self._group(rows & columns, {"error_quartile": i + 1, "distance_quartile": j + 1})
+                    for i, rows in enumerate(by_error)
+                    for j, columns in enumerate(by_distance)
+                ],
+            },
+            "categories": [self._category(name) for name in sorted(set(self.categories or []))],
+            "sample": {
+                "pair": self.number[self.sample].tolist(),
+                "error": error[self.sample].tolist(),
+                "distance": self.distance[self.sample].tolist(),
+                "backbone_gradient": {loss: np.exp(self.log_gradient("backbone", loss)).tolist() for loss in LOSSES},
+            },
+        }
+        return summary | {"sentence": report.sentence(summary)}
+
+    def _group(self, group: np.ndarray, name: dict[str, Any]) -> dict[str, Any]:
+        """What is said of each cell and category; `group` is a `(P,)` mask."""
+        some = group.any()  # a cell may be empty
+        return name | {
+            "num_pairs": int(group.sum()),
+            "num_gradients": int(group[self.sample].sum()),
+            "accuracy": float((self.difference[group] > 0).mean()) if some else None,
+            "mean_error": float(np.exp(self.log_error[group]).mean()) if some else None,
+            "mean_distance": float(self.distance[group].mean()) if some else None,
+            "mean_gradient": _each(lambda part, loss: self.mean(part, loss, group)),
+            "share_of_gradient": _each(lambda part, loss: self.shares(part, loss, [group])[0]),
+        }
+
+    def _category(self, name: str) -> dict[str, Any]:
+        return self._group(np.array([category == name for category in self.categories]), {"name": name})
+
+    def to_json(self) -> str:
+        """`summary()` as text."""
+        return json.dumps(self.summary(), indent=2, allow_nan=False) + "\n"
+
+    def __str__(self) -> str:
+        return report.table(self.summary())
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws gradient norm against distance, coloured by error, BT beside NormBT, as a PNG. Needs matplotlib."""
+        report.draw(self.summary(), path)
+
+
+def _each(measure: Callable[[str, str], Any]) -> dict[str, dict[str, Any]]:
+    return {part: {loss: measure(part, loss) for loss in LOSSES} for part in PARTS}
+
+
+def _quarters(values: np.ndarray) -> tuple[list[np.ndarray], list[float]]:
+    """The four quarters of `values` by size as masks, and the three values between them; ties fall into the lower."""
+    edges = np.quantile(values, QUARTILES)
+    quarter = np.searchsorted(edges, values, side="left")
+    return [quarter == i for i in range(4)], edges.tolist()
+
+
+def _as_dict(slope: Slope | None) -> dict[str, float] | None:
+    return None if slope is None else dict(vars(slope))

@@ -1,0 +1,191 @@
+"""Reads preference pairs off a model: rewards and distances of all, the backbone's gradient of some, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from normbt_kernels import linear_normbt_loss
+from normbt_kernels.diagnostics.diagnosis import Diagnosis
+from normbt_kernels.integrations.head import find_head, last_token
+from normbt_kernels.integrations.transformers import PreferenceCollator
+from normbt_kernels.resumable import fingerprint, map_resumable
+from normbt_kernels.training.arguments import UserError
+from normbt_kernels.training.preferences import num_tokens, parse_row, tokenize_pair
+
+
+def diagnose(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[Mapping[str, Any]],
+    *,
+    num_gradients: int = 256,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    eps: float = 1e-6,
+    max_weight: float | None = 100.0,
+    partial: Path | None = None,
+) -> Diagnosis:
+    """Measures error, distance and gradient norms of preference pairs under `model`, which is left as it was.
+
+    One pass without gradients over all pairs; then the backbone's gradient of `num_gradients` pairs, spread evenly over
+    the order of distance, one pair at a time: memory for one pair's activations and one gradient of the model.
+    Dropout is off. Rewards and distances are computed in fp32 (fp64 for an fp64 model) from the hidden states at the
+    last real token, as in training with `NormBTTrainer`. The loss is BT without margins, weights or smoothing.
+
+        diagnosis = diagnose(model, tokenizer, pairs)
+        print(diagnosis)                     # slopes, shares and means as a table, and one sentence
+        diagnosis.plot("diagnosis.png")
+
+    Args:
+        model: a classifier with a scalar head, on one device; gradients are taken for its weights that require them.
+        tokenizer: lays pairs out and pads them; it needs a pad token.
+        pairs: rows with `chosen` and `rejected` as text or messages, optional `prompt`, `category` or `subset`; or with
+            the token ids `chosen_ids` and `rejected_ids`, optional `category`.
+        num_gradients: pairs whose backbone gradient is measured; all of them if there are fewer.
+        batch_size: pairs per forward pass of the pass over all pairs.
+        max_length: pairs with a sequence of more tokens are left out, and counted.
+        eps, max_weight: of NormBT's weight, as in `normbt_loss`.
+        partial: where to keep results as they come, to be continued by the same call after a stop: two files,
+            `partial_files(partial)`, that the caller removes.
+
+    Returns:
+        The `Diagnosis`: host arrays of the P pairs that are short enough and the M <= `num_gradients` sampled ones.
+
+    Raises:
+        ValueError: `num_gradients` or `batch_size` is below 1, `eps` or `max_weight` is not above 0; the model has no
+            scalar head, or nothing to train but its head; a row is no preference pair (naming it); no pair is short
+            enough; a reward or distance is not finite (naming the pair); all distances are 0, or all gradients.
+    """
+    if num_gradients < 1 or batch_size < 1:
+        raise ValueError(f"num_gradients and batch_size must be at least 1, got {num_gradients} and {batch_size}")
+    if not eps > 0 or not (max_weight is None or max_weight > 0):
+        raise ValueError(f"eps and max_weight must be above 0, got {eps} and {max_weight}")
+    head = find_head(model)
+    of_head = set(head.parameters())
+    backbone = [weight for weight in model.parameters() if weight.requires_grad and weight not in of_head]
+    if not backbone:
+        raise ValueError("every weight but the head's is frozen: there is no backbone gradient to measure")
+    rows = _token_ids(pairs, tokenizer)
+    short = [i for i, row in enumerate(rows) if max_length is None or num_tokens(row) <= max_length]
+    if not short:
+        raise ValueError(f"none of {len(rows)} pairs has at most {max_length} tokens" if rows else "there are no pairs")
+    num_left_out, rows = len(rows) - len(short), [rows[i] for i in short]
+
+    probe = _Probe(model, head, PreferenceCollator(tokenizer), rows)
+    name = fingerprint(model, rows, batch_size)
+    kept_rewards, kept_gradients = (None, None) if partial is None else partial_files(partial)
+    with _evaluating(model):
+        batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+        read = map_resumable(probe.rewards_and_distance, batches, kept_rewards, name, "rewards and distances")
+        chosen, rejected, distance = np.concatenate([np.array(batch) for batch in read], axis=1)
+        finite = np.isfinite(chosen - rejected) & np.isfinite(distance)
+        if not finite.all():
+            raise ValueError(f"the reward or distance of pair {short[finite.argmin()] + 1} is not finite")
+        if not distance.any():
+            raise ValueError("chosen and rejected have the same hidden state in every pair: there is no distance")
+        sample = spread_evenly(distance, num_gradients)
+
+        def sensitivity(pair: Sequence[int]) -> float:
+            return probe.gradient_norm(pair[0], backbone)
+
+        one_by_one = [[int(i)] for i in sample]
+        name = f"{name} {num_gradients}"
+        norms = np.array(map_resumable(sensitivity, one_by_one, kept_gradients, name, "backbone gradients"))
+    if not norms.any():
+        raise ValueError("no weight of the backbone that is trained changes a reward: there is no gradient to measure")
+    return Diagnosis(
+        difference=chosen - rejected,
+        distance=distance,
+        sample=sample,
+        sensitivity=norms,
+        categories=[str(row["category"]) for row in rows] if all("category" in row for row in rows) else None,
+        number=np.array(short) + 1,
+        num_left_out=num_left_out,
+        eps=eps,
+        max_weight=max_weight,
+    )
+
+
+def partial_files(partial: Path) -> tuple[Path, Path]:
+    """Where rewards and distances, and gradients, are kept until the diagnosis is written."""
+    rewards, gradients = (partial.with_name(f"{partial.name}.{name}") for name in ("rewards", "gradients"))
+    return rewards, gradients
+
+
+def _token_ids(pairs: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Mapping[str, Any]]:
+    try:
+        return [
+            row if "chosen_ids" in row else tokenize_pair(parse_row(dict(row), f"pairs, row {number}"), tokenizer)
+            for number, row in enumerate(pairs, start=1)
+        ]
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+def spread_evenly(distance: np.ndarray, num_sampled: int) -> np.ndarray:
+    """Numbers of `num_sampled` pairs, at equal steps through the order of `distance`: as many from each quartile."""
+    num_sampled = min(num_sampled, len(distance))
+    steps = (np.arange(num_sampled) + 0.5) * len(distance) / num_sampled
+    return np.argsort(distance, kind="stable")[steps.astype(int)]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+class _Probe:
+    """Reads pairs of `rows` off the model: what its head sees, and the gradient of their difference of rewards."""
+
+    def __init__(self, model: nn.Module, head: nn.Linear, collate: PreferenceCollator, rows: Sequence[Any]):
+        self.model, self.head, self.collate, self.rows = model, head, collate, rows
+
+    @torch.no_grad()
+    def rewards_and_distance(self, pairs: Sequence[int]) -> list[list[float]]:
+        """Chosen rewards, rejected rewards and distances, three lists of numbers."""
+        hidden = self._hidden(pairs)
+        _, stats = linear_normbt_loss(hidden, self.head.weight, 1.0, bias=self.head.bias, return_stats=True)
+        return torch.stack([stats.chosen_rewards, stats.rejected_rewards, stats.distance]).tolist()
+
+    @torch.enable_grad()
+    def gradient_norm(self, pair: int, weights: Sequence[Tensor]) -> float:
+        """`||d(r_chosen - r_rejected)/d weights||`, summed in fp32 at least."""
+        chosen, rejected = self._hidden([pair])
+        wide = torch.promote_types(chosen.dtype, torch.float32)
+        difference = (chosen - rejected).to(wide) @ self.head.weight[0].to(wide)
+        gradients = torch.autograd.grad(difference, weights, materialize_grads=True)
+        norms = [torch.linalg.vector_norm(gradient, dtype=wide) for gradient in gradients]
+        return torch.linalg.vector_norm(torch.stack(norms)).item()
+
+    def _hidden(self, pairs: Sequence[int]) -> Tensor:
+        """What the head reads at the last real token of all chosen, then all rejected sequences, (2P, H)."""
+        seen = []
+        hook = self.head.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["input"]), with_kwargs=True
+        )
+        batch = self.collate([self.rows[i] for i in pairs])
+        mask = batch["attention_mask"].to(self.head.weight.device)
+        try:
+            self.model(input_ids=batch["input_ids"].to(mask.device), attention_mask=mask)
+        finally:
+            hook.remove()
+        if len(seen) != 1:
+            raise ValueError(f"{type(self.model).__name__} called its scalar head {len(seen)} times in one forward")
+        hidden = seen[0]
+        if hidden.dim() == 3:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), last_token(mask)]
+        return hidden

@@ -1,0 +1,84 @@
+"""Results on disk: kept as they come, so that a stopped run is continued, and written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has `write` fill a temporary file beside `path`, then puts it in place: the whole file, or the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # matplotlib goes by the suffix
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def partial_path(out: Path) -> Path:
+    """Where results are kept until the file `out` is written."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def map_resumable(
+    work: Callable[[Sequence[int]], Any],
+    chunks: Sequence[Sequence[int]],
+    path: Path | None,
+    name: str,
+    description: str,
+) -> list[Any]:
+    """`[work(chunk) for chunk in chunks]` with a progress bar; a chunk holds numbers of pairs, a result is JSON.
+
+    Each result is written to `path` when it is there. A file that an earlier call left there is continued if its
+    fingerprint `name` is the same, and begun anew if it is another. With `path` None nothing is kept.
+    """
+    with tqdm(total=sum(map(len, chunks)), desc=description, unit=" pairs", leave=False) as bar:
+        if path is None:
+            return [_step(work, chunk, bar) for chunk in chunks]
+        with path.open("a+b") as file:
+            results = _begin(file, json.dumps(name).encode() + b"\n")
+            bar.update(sum(map(len, chunks[: len(results)])))
+            for chunk in chunks[len(results) :]:
+                results.append(_step(work, chunk, bar))
+                file.write(json.dumps(results[-1]).encode() + b"\n")
+                file.flush()
+            return results
+
+
+def _step(work: Callable[[Sequence[int]], Any], chunk: Sequence[int], bar: tqdm) -> Any:
+    result = work(chunk)
+    bar.update(len(chunk))
+    return result
+
+
+def _begin(file: Any, header: bytes) -> list[Any]:
+    """What the open `file` holds of this work; a line that was cut off, or other work, is taken out of it."""
+    file.seek(0)
+    lines = [line for line in file if line.endswith(b"\n")]
+    if lines[:1] != [header]:
+        file.truncate(0)
+        file.write(header)
+        return []
+    file.truncate(sum(map(len, lines)))
+    return [json.loads(line) for line in lines[1:]]
+
+
+def fingerprint(model: nn.Module, rows: Sequence[dict[str, Any]], *settings: Any) -> str:
+    """Names the work by what it depends on: every weight, all token ids and settings, whatever the files are called."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for parameter in model.parameters():
+        weights = torch.hash_tensor(parameter.detach().cpu()).item()
+        digest.update(f"{parameter.dtype} {parameter.requires_grad} {weights}".encode())
+    for row in rows:
+        digest.update(repr([list(row["chosen_ids"]), list(row["rejected_ids"])]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""The data sets that need no download, each with a model of its own to train from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from normbt_kernels.training import demo, stdlib_faults
+from normbt_kernels.training.arguments import STDLIB_FAULTS
+from normbt_kernels.training.preferences import Preference
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """`pairs` takes "train", "validation" or "test" and a seed, which matters to the training pairs alone. `make_model`
+    draws new weights from torch's current seed."""
+
+    name: str
+    model_name: str
+    pairs: Callable[[str, int], list[Preference]]
+    make_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    make_model: Callable[[PreTrainedTokenizerBase], PreTrainedModel]
+    training_defaults: dict[str, Any]
+
+
+EMBEDDED = BuiltIn(
+    name="embedded generated pairs",
+    model_name="embedded tiny Llama",
+    pairs=demo.split_pairs,
+    make_tokenizer=demo.demo_tokenizer,
+    make_model=demo.demo_model,
+    training_defaults=demo.TRAINING_DEFAULTS,
+)
+
+STANDARD_LIBRARY = BuiltIn(
+    name=STDLIB_FAULTS,
+    model_name="embedded small Llama",
+    pairs=stdlib_faults.split_pairs,
+    make_tokenizer=stdlib_faults.stdlib_tokenizer,
+    make_model=stdlib_faults.stdlib_model,
+    training_defaults=stdlib_faults.TRAINING_DEFAULTS,
+)

@@ -1,0 +1,534 @@
+"""`normbt diagnose`: gradient norms against naive loops, slopes against what they must be, the command as met."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from torch.nn.functional import logsigmoid
+from transformers import LlamaForCausalLM
+
+from normbt_kernels import cli, linear_normbt_loss
+from normbt_kernels.diagnostics import Diagnosis, command, diagnose, measure
+from normbt_kernels.diagnostics.diagnosis import slope_at_fixed_error
+from normbt_kernels.diagnostics.measure import spread_evenly
+from normbt_kernels.training import demo
+from normbt_kernels.training.built_in import EMBEDDED
+from normbt_kernels.training.preferences import tokenize
+from tests.tiny_classifiers import gradients, make_model
+from tests.tiny_pairs import make_rows, make_tokenizer
+
+EPS, MAX_WEIGHT = 1e-6, 100.0
+
+
+def naive(model, rows):
+    """Distances (P,), and for the head and the backbone the BT gradient norms (P,): each sequence alone, one backward
+    of the BT loss per pair, parameters split by name."""
+    head_name = "score." if hasattr(model, "score") else "classifier."
+    distances, norms = [], {"head": [], "backbone": []}
+    model.eval()
+    for row in rows:
+        seen = []
+        hook = getattr(model, head_name[:-1]).register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # noqa: B023
+        chosen, rejected = (
+            model(input_ids=torch.as_tensor(row[name])[None].long()).logits[0, 0]
+            for name in ("chosen_ids", "rejected_ids")
+        )
+        hook.remove()
+        last = [hidden[0, -1] if hidden.dim() == 3 else hidden[0] for hidden in seen]
+        distances.append((last[0] - last[1]).norm().item())
+        (-logsigmoid(chosen - rejected)).backward()
+        found = gradients(model)
+        for part in norms:
+            ours = [g for name, g in found.items() if name.startswith(head_name) == (part == "head")]
+            norms[part].append(torch.cat([gradient.flatten().double() for gradient in ours]).norm().item())
+    return np.array(distances), {part: np.array(values) for part, values in norms.items()}
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "padding_side"),
+    [("llama", "right"), ("llama", "left"), ("qwen2", "right"), ("qwen2", "left"), ("bert", "right")],
+)
+def test_gradients_agree_with_one_backward_per_pair(architecture, padding_side):
+    model = make_model(architecture)
+    rows = make_rows(23)
+    for row in rows:  # with and without padding
+        row["rejected_ids"] = row["rejected_ids"][: len(row["chosen_ids"])]
+    found = diagnose(model, make_tokenizer(padding_side), rows, num_gradients=23, batch_size=4)
+    distance, norms = naive(model, rows)
+    exact_distance, exact_norms = naive(make_model(architecture, torch.float64), rows)
+    assert_as_good_as(found.distance, distance, exact_distance)
+    for part in ("head", "backbone"):
+        pairs = found.members(part)
+        bt, normbt = (np.exp(found.log_gradient(part, loss)) for loss in ("bt", "normbt"))
+        assert_as_good_as(bt, norms[part][pairs], exact_norms[part][pairs])
+        weight, exact_weight = (np.minimum(d.mean() / (d + EPS), MAX_WEIGHT) for d in (distance, exact_distance))
+        assert_as_good_as(normbt, (weight * norms[part])[pairs], (exact_weight * exact_norms[part])[pairs])
+
+
+def assert_as_good_as(found, naive, exact):
+    """The largest relative error is at most twice that of the naive loop in fp32, plus 4 steps of fp32."""
+    error, error_of_naive = (np.abs(values / exact - 1).max() for values in (found, naive))
+    assert error <= 2 * error_of_naive + 4 * np.finfo(np.float32).eps
+
+
+def test_gradients_are_taken_one_pair_at_a_time():
+    """So that memory holds one pair's activations, whatever `batch_size` is."""
+    model, batches = make_model("llama"), {False: [], True: []}
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: batches[torch.is_grad_enabled()].append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    diagnose(model, make_tokenizer(), make_rows(10), num_gradients=7, batch_size=4)
+    assert batches == {False: [8, 8, 4], True: [2] * 7}
+
+
+def test_the_weights_are_those_of_a_step_of_normbt():
+    """One backward of the package's own loss per pair, with the same mu and cap."""
+    model, rows = make_model("llama"), make_rows(5)
+    found = diagnose(model, make_tokenizer(), rows, num_gradients=5, max_weight=1.2)
+    assert (found.weight == 1.2).any()
+    assert (found.weight < 1.2).any()
+    for i, row in enumerate(rows):
+        ids = [torch.as_tensor(row[name])[None] for name in ("chosen_ids", "rejected_ids")]
+        hidden = torch.cat([model.model(input_ids=tensor).last_hidden_state[:, -1] for tensor in ids])
+        linear_normbt_loss(hidden, model.score.weight, found.mu, max_weight=1.2).backward()
+        norm = torch.cat([g.flatten() for name, g in gradients(model).items() if name != "score.weight"]).norm().item()
+        at = found.sample.tolist().index(i)
+        assert np.exp(found.log_gradient("backbone", "normbt"))[at] == pytest.approx(norm, rel=2e-5)
+
+
+def test_frozen_weights_are_no_part_of_the_gradient():
+    model, rows = make_model("llama"), make_rows(12)
+    model.model.embed_tokens.requires_grad_(False)
+    found = diagnose(model, make_tokenizer(), rows)
+    _, norms = naive(model, rows)
+    np.testing.assert_allclose(np.exp(found.log_gradient("backbone", "bt")), norms["backbone"][found.sample], rtol=2e-5)
+
+
+def test_confident_pairs_do_not_underflow():
+    model, rows = make_model("llama"), make_rows(30)
+    with torch.no_grad():
+        model.score.weight *= 300
+    found = diagnose(model, make_tokenizer(), rows)
+    assert np.abs(found.difference).max() > 200  # where 1 - sigma is 0 in fp32
+    assert np.isfinite(found.log_gradient("backbone", "bt")).all()
+    assert found.slope("head", "bt").slope == 1
+
+
+def test_the_model_is_left_as_it_was():
+    model = make_model("llama").train()
+    model.model.layers[0].eval()
+    model.score.weight.grad = torch.ones_like(model.score.weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    diagnose(model, make_tokenizer(), make_rows(12))
+    assert model.training
+    assert not model.model.layers[0].training
+    assert model.model.layers[1].training
+    assert not model.score._forward_pre_hooks
+    assert torch.equal(model.score.weight.grad, torch.ones_like(model.score.weight))
+    assert all(parameter.grad is None for parameter in model.model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_bf16_models_are_read_in_fp32():
+    model = make_model("llama", torch.bfloat16)
+    ids = torch.randint(2, 32, (80, 7), generator=torch.Generator().manual_seed(0))
+    rows = [
+        {"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in zip(ids[:40], ids[40:], strict=True)
+    ]
+    found = diagnose(model, make_tokenizer(), rows, num_gradients=10, batch_size=40)
+    with torch.no_grad():
+        hidden = model.eval().model(ids).last_hidden_state[:, -1]
+        rewards = hidden.float() @ model.score.weight[0].float()
+        logits = model(ids).logits.float().squeeze(1)
+    np.testing.assert_allclose(found.difference, rewards[:40] - rewards[40:], atol=2e-6)
+    assert np.abs(found.difference - (logits[:40] - logits[40:]).numpy()).max() > 1e-3
+    assert (found.sensitivity > 0).all()
+
+
+def test_the_sample_is_spread_over_the_distances():
+    distance = np.random.default_rng(0).permutation(1000).astype(float)
+    sample = spread_evenly(distance, 40)
+    assert np.bincount((distance[sample] // 250).astype(int)).tolist() == [10, 10, 10, 10]
+    assert sorted(spread_evenly(distance[:7], 40)) == list(range(7))
+    assert len(set(spread_evenly(distance, 999))) == 999
+
+
+def test_text_and_token_ids_give_the_same():
+    tokenizer = demo.demo_tokenizer()
+    torch.manual_seed(0)
+    model = demo.demo_model(tokenizer)
+    pairs = demo.demo_pairs(24, seed="any")
+    texts = [{"chosen": pair.chosen, "rejected": pair.rejected, "subset": pair.category} for pair in pairs]
+    ids = tokenize(pairs, tokenizer, 100, "")
+    first, second = (diagnose(model, tokenizer, rows, num_gradients=6) for rows in (texts, ids))
+    assert first.to_json() == second.to_json()
+    assert {category["name"] for category in first.summary()["categories"]} == {pair.category for pair in pairs}
+
+
+def train_only_what_is_unused(model):
+    model.requires_grad_(False)
+    model.unused = torch.nn.Linear(2, 2)
+    model.score.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.model.requires_grad_(False), "every weight but the head's is frozen"),
+        (lambda model: model.score.weight.data.fill_(float("nan")), "the reward or distance of pair 1 is not finite"),
+        (lambda model: model.model.norm.weight.data.zero_(), "the same hidden state in every pair"),
+        (train_only_what_is_unused, "no weight of the backbone that is trained changes a reward"),
+        (lambda model: setattr(model, "score", torch.nn.Linear(16, 2)), "no Linear layer with one output"),
+    ],
+)
+def test_models_that_cannot_be_diagnosed(change, message):
+    model = make_model("llama")
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        diagnose(model, make_tokenizer(), make_rows(4))
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([], {}, "there are no pairs"),
+        ([{"chosen": "a"}], {}, "pairs, row 1: no column 'rejected'"),
+        (make_rows(3), {"max_length": 2}, "none of 3 pairs has at most 2 tokens"),
+        (make_rows(3), {"num_gradients": 0}, "at least 1, got 0 and 8"),
+        (make_rows(3), {"eps": 0.0}, "above 0, got 0.0 and 100.0"),
+        (make_rows(3), {"max_weight": -1.0}, "above 0, got 1e-06 and -1.0"),
+    ],
+)
+def test_pairs_that_cannot_be_diagnosed(rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        diagnose(make_model("llama"), make_tokenizer(), rows, **options)
+
+
+# --- slopes and shares ---------------------------------------------------------------------------------------------
+
+
+def synthetic(num_pairs, seed, slope, noise=0.3):
+    """Confounded as in real models: far pairs are the confident ones. Noise grows with distance."""
+    rng = np.random.default_rng(seed)
+    log_distance = rng.normal(size=num_pairs)
+    log_error = -1 - 0.8 * log_distance + rng.normal(size=num_pairs)
+    spread = noise * (0.5 + np.abs(log_distance))
+    return slope * log_distance + log_error + spread * rng.normal(size=num_pairs), log_distance, log_error
+
+
+def test_interval_covers_the_true_slope_as_often_as_it_says():
+    slopes = [slope_at_fixed_error(*synthetic(256, seed, 0.7)) for seed in range(400)]
+    assert np.mean([slope.slope for slope in slopes]) == pytest.approx(0.7, abs=0.01)
+    assert 0.92 < np.mean([slope.low <= 0.7 <= slope.high for slope in slopes]) < 0.98
+
+
+def test_interval_is_that_of_hc3():
+    """HC3 takes each pair's residual from the fit without that pair; here they are fitted anew, one by one."""
+    y, x, error = synthetic(25, 3, 0.4)
+    design = np.column_stack([np.ones(25), x, error])
+    left_out = []
+    for i in range(25):
+        others = np.arange(25) != i
+        left_out.append(y[i] - design[i] @ np.linalg.lstsq(design[others], y[others], rcond=None)[0])
+    bread = np.linalg.inv(design.T @ design)
+    covariance = bread @ design.T @ np.diag(np.square(left_out)) @ design @ bread
+    expected = 1.96 * np.sqrt(covariance[1, 1])
+    slope = slope_at_fixed_error(y, x, error)
+    assert slope.slope == pytest.approx((bread @ design.T @ y)[1], abs=6e-5)
+    assert slope.high - slope.low == pytest.approx(2 * expected, abs=3e-4)
+
+
+def test_no_slope_without_the_pairs_for_it():
+    y, x, error = synthetic(40, 0, 1.0)
+    assert slope_at_fixed_error(y[:9], x[:9], error[:9]) is None
+    assert slope_at_fixed_error(y, np.zeros(40), error) is None
+    assert slope_at_fixed_error(y, 2 - 3 * error, error) is None  # the error alone tells the distance
+    assert slope_at_fixed_error(y, np.eye(40)[7], error) is None  # one pair is all there is to tell
+    assert slope_at_fixed_error(y, x, np.full(40, np.log(0.5))).num_pairs == 40  # an untrained model
+    y[3], x[3] = -np.inf, -np.inf  # a pair with distance 0
+    assert slope_at_fixed_error(y, x, error).num_pairs == 39
+
+
+def make_diagnosis(**changes):
+    fields = {
+        "difference": np.zeros(8),
+        "distance": np.array([1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 12.0, 14.0]),
+        "sample": np.array([0, 2, 4, 6]),
+        "sensitivity": np.array([1.0, 2.0, 3.0, 4.0]),
+        "categories": ["near", "near", "near", "near", "far", "far", "far", "far"],
+        "number": np.arange(1, 9),
+        "num_left_out": 0,
+        "eps": 0.0,
+        "max_weight": None,
+    }
+    return Diagnosis(**fields | changes)
+
+
+def test_shares_means_and_categories_by_hand():
+    summary = make_diagnosis().summary()  # mu = 5, the mean of all pairs and not of the sample; every error 1/2
+    assert summary["mean_distance"] == 5
+    share = summary["distance_quartiles"]["share_of_gradient"]
+    assert share["head"]["bt"] == pytest.approx([1 / 20, 2 / 20, 4 / 20, 13 / 20])
+    assert share["head"]["normbt"] == pytest.approx([0.25] * 4)
+    assert share["backbone"]["bt"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    normbt = np.array([5, 5, 15 / 4, 20 / 12])
+    assert share["backbone"]["normbt"] == pytest.approx(normbt / normbt.sum())
+    far, near = summary["categories"]
+    assert (far["name"], far["num_pairs"], far["num_gradients"], far["mean_distance"]) == ("far", 4, 2, 8.5)
+    assert near["share_of_gradient"]["head"]["bt"] == pytest.approx(3 / 20)
+    assert near["share_of_gradient"]["backbone"]["bt"] == pytest.approx(0.3)
+    cells = {(cell["error_quartile"], cell["distance_quartile"]): cell for cell in summary["bins"]["cells"]}
+    assert len(cells) == 16
+    assert cells[1, 4]["mean_gradient"]["head"] == pytest.approx({"bt": 6.5, "normbt": 2.5})
+    assert cells[1, 4]["mean_gradient"]["backbone"] == pytest.approx({"bt": 2.0, "normbt": 10 / 12})
+    assert cells[2, 4]["mean_gradient"]["head"] == {"bt": None, "normbt": None}
+    assert summary["sentence"] == (
+        "Under NormBT the closest quarter of these pairs would receive 32% of the backbone's gradient in place of 10%, "
+        "and the farthest 11% in place of 40%."
+    )
+
+
+def test_max_weight_caps_the_weight():
+    assert make_diagnosis(max_weight=3.0).weight.tolist() == pytest.approx([3, 3, 2.5, 2.5, 1.25, 1.25, 5 / 12, 5 / 14])
+
+
+def test_identical_pairs_count_in_shares_and_not_in_slopes():
+    found = diagnose(make_model("llama"), make_tokenizer(), [*make_rows(20), {"chosen_ids": [5], "rejected_ids": [5]}])
+    assert found.distance.min() == 0
+    assert found.slope("head", "bt").num_pairs == 20
+    assert "NaN" not in found.to_json()
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def run_cli(*arguments):
+    return cli.main(["diagnose", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """`normbt diagnose` as it stands, in its own process."""
+    folder = tmp_path_factory.mktemp("embedded")
+    process = subprocess.run(
+        [sys.executable, "-m", "normbt_kernels", "diagnose"], cwd=folder, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    return folder, process, json.loads((folder / "normbt-diagnosis.json").read_text())
+
+
+def test_on_the_embedded_model_the_heads_slope_is_1_under_bt_and_0_under_normbt(embedded):
+    _, process, report = embedded
+    head, backbone = report["slopes"]["head"], report["slopes"]["backbone"]
+    for slope, exact in ((head["bt"], 1), (head["normbt"], 0)):
+        assert slope["slope"] == exact
+        assert slope["low"] <= exact <= slope["high"]
+        assert slope["high"] - slope["low"] <= 0.0002
+        assert slope["num_pairs"] == 2000
+    # Measured, not known: but the gradient of the backbone grows with the distance, and its interval says how sure.
+    assert 0 < backbone["bt"]["low"] < backbone["bt"]["slope"] < backbone["bt"]["high"]
+    assert backbone["normbt"]["slope"] == pytest.approx(backbone["bt"]["slope"] - 1, abs=2e-3)
+    assert backbone["bt"]["num_pairs"] == report["num_gradients"] == 256
+    for slopes in (head, backbone):
+        for slope in slopes.values():
+            assert f"{slope['slope']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]" in process.stdout
+
+
+def test_the_embedded_diagnosis_is_whole_in_table_json_and_figure(embedded):
+    folder, process, report = embedded
+    assert sorted(path.name for path in folder.iterdir()) == ["normbt-diagnosis.json", "normbt-diagnosis.png"]
+    assert (folder / "normbt-diagnosis.png").read_bytes().startswith(b"\x89PNG")
+    assert "backbone gradients" in process.stderr  # the progress bar
+    assert process.stdout.splitlines()[-3] == report["sentence"]
+    factor = 2 ** report["slopes"]["backbone"]["bt"]["slope"]
+    assert f"a pair twice as far apart has {factor:.2f} times the gradient under BT" in report["sentence"]
+    assert [category["name"] for category in report["categories"]] == ["coarse: noisy style", "fine: one wrong token"]
+    assert report["categories"][0]["accuracy"] > 0.75  # it is trained
+    for category in report["categories"]:
+        row = next(line for line in process.stdout.splitlines() if line.startswith(category["name"]))
+        for part in ("head", "backbone"):
+            for loss in ("bt", "normbt"):
+                assert f"{category['share_of_gradient'][part][loss]:.1%}" in row
+    shares = report["distance_quartiles"]["share_of_gradient"]
+    for part in ("head", "backbone"):
+        for loss in ("bt", "normbt"):
+            assert sum(shares[part][loss]) == pytest.approx(1)
+            assert sum(category["share_of_gradient"][part][loss] for category in report["categories"]) == pytest.approx(
+                1
+            )
+    assert shares["head"]["bt"][0] < 0.15 < shares["head"]["normbt"][0]
+    assert sum(cell["num_pairs"] for cell in report["bins"]["cells"]) == 2000
+    assert sum(cell["num_gradients"] for cell in report["bins"]["cells"]) == 256
+
+
+def test_the_embedded_model_is_trained_with_plain_bt(monkeypatch):
+    """Without the margins that its pairs have."""
+    calls = []
+
+    class Watched(command.LinearBTLoss):
+        def forward(self, hidden, weight, bias=None, **options):
+            loss, stats = super().forward(hidden, weight, bias, **options)
+            calls.append((hidden.double() @ weight[0].double(), loss.double()))
+            return loss, stats
+
+    monkeypatch.setattr(command, "LinearBTLoss", Watched)
+    monkeypatch.setattr(command, "FEW_STEPS", 2)
+    command._half_trained(EMBEDDED, demo.demo_tokenizer(), "cpu")
+    assert len(calls) == 2
+    for rewards, loss in calls:
+        chosen, rejected = rewards.chunk(2)
+        torch.testing.assert_close(loss, -logsigmoid(chosen - rejected).mean(), rtol=1e-6, atol=0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = demo.demo_tokenizer()
+    torch.manual_seed(0)
+    demo.demo_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(path, num_pairs=40):
+    pairs = demo.demo_pairs(num_pairs, seed="any")
+    rows = [{"chosen": pair.chosen, "rejected": pair.rejected, "subset": pair.category} for pair in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_checkpoint_and_a_file(tmp_path, checkpoint, capsys):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    options = ("--num-gradients", 12, "--max-length", 14, "--out", tmp_path / "mine.json")
+    assert run_cli("--model", checkpoint, "--dataset", data, *options) == 0
+    report = json.loads((tmp_path / "mine.json").read_text())
+    assert report["num_pairs"] + report["num_left_out"] == 40
+    assert report["num_left_out"] > 0
+    assert f"{report['num_left_out']} longer ones left out; backbone gradients of 12" in capsys.readouterr().out
+    assert (tmp_path / "mine.png").exists()
+
+    tokenizer, model = demo.demo_tokenizer(), make_demo_model()
+    rows = tokenize(demo.demo_pairs(40, seed="any"), tokenizer, 14, "")
+    expected = diagnose(model, tokenizer, rows, num_gradients=12)
+    sample, expected = report["sample"], json.loads(expected.to_json())["sample"]
+    assert {name: sample[name] for name in sample if name != "pair"} == {
+        name: expected[name] for name in sample if name != "pair"
+    }
+    # A pair's number is its place in the file, and the ones left out are counted.
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lengths = [
+        max(len(tokenizer(lines[number - 1][side])["input_ids"]) for side in ("chosen", "rejected"))
+        for number in sample["pair"]
+    ]
+    assert sample["pair"] != expected["pair"]
+    assert max(lengths) <= 14
+
+
+def make_demo_model():
+    torch.manual_seed(0)
+    return demo.demo_model(demo.demo_tokenizer())
+
+
+def test_a_causal_lm_is_diagnosed_with_a_new_head(tmp_path, capsys):
+    tokenizer = demo.demo_tokenizer()
+    LlamaForCausalLM(make_demo_model().config).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    assert run_cli("--model", tmp_path / "lm", "--num-gradients", 4, "--out", tmp_path / "lm.json") == 0
+    assert "its reward head is new" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+def test_a_killed_run_is_continued(tmp_path, checkpoint, monkeypatch):
+    arguments = ("--model", checkpoint, "--dataset", write_pairs(tmp_path / "pairs.jsonl", 150), "--num-gradients", 150)
+    line = [sys.executable, "-m", "normbt_kernels", "diagnose", *map(str, arguments), "--out", "out.json"]
+    partial = tmp_path / ".out.json.partial.gradients"
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not partial.exists() or partial.read_bytes().count(b"\n") < 10:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not list(tmp_path.glob("out.*"))
+    num_kept = partial.read_bytes().count(b"\n") - 1
+    assert num_kept < 150
+
+    measured = []
+    monkeypatch.setattr(
+        measure._Probe,
+        "gradient_norm",
+        lambda self, pair, weights, original=measure._Probe.gradient_norm: (
+            measured.append(pair) or original(self, pair, weights)
+        ),
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(*arguments, "--out", "out.json") == 0
+    assert len(measured) == 150 - num_kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png", "pairs.jsonl"]
+    assert run_cli(*arguments, "--out", "again.json") == 0
+    continued, whole = (json.loads((tmp_path / name).read_text())["sample"] for name in ("out.json", "again.json"))
+    assert continued["pair"] == whole["pair"]
+    assert continued["backbone_gradient"]["bt"] == pytest.approx(whole["backbone_gradient"]["bt"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "good.jsonl"], "--dataset needs a --model"),
+        (["--model", "MODEL", "--dataset", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--model", "MODEL", "--dataset", "bad.jsonl"], "bad.jsonl, row 2: no column 'rejected'"),
+        (["--model", "./nowhere", "--dataset", "good.jsonl"], "./nowhere: "),
+        (["--model", "MODEL", "--dataset", "good.jsonl", "--max-length", "2"], "all 4 pairs are longer than 2 tokens"),
+        (["--out", "results.txt"], "ends in .json"),
+        (["--device", "toaster"], "--device toaster: "),
+    ],
+)
+def test_mistakes_are_said_in_one_line_before_any_work(tmp_path, checkpoint, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "_half_trained", lambda *args: pytest.fail("a model was trained"))
+    monkeypatch.setattr(command, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    write_pairs(tmp_path / "good.jsonl", 4)
+    (tmp_path / "bad.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "a"}\n')
+    assert run_cli(*(checkpoint if argument == "MODEL" else argument for argument in arguments)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("normbt: error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not list(tmp_path.glob("normbt-diagnosis*"))
+
+
+def test_without_matplotlib_there_is_no_figure(tmp_path, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(command, "can_draw", lambda: print("no figure") or False)
+    data = write_pairs(tmp_path / "pairs.jsonl", 12)
+    assert run_cli("--model", checkpoint, "--dataset", data, "--out", tmp_path / "out.json") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "pairs.jsonl"]
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_cli("--help")
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    options = (
+        "model",
+        "dataset",
+        "dataset-split",
+        "num-gradients",
+        "batch-size",
+        "max-length",
+        "device",
+        "dtype",
+        "out",
+    )
+    for word in (*(f"--{option} " for option in options), "normbt-diagnosis.json", "category or subset", "continues"):
+        assert word in printed

@@ -1,0 +1,140 @@
+"""The experiment: it resumes, chooses rates on other pairs than it reports, and its statistics are right."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+
+from bench import quality
+
+COMMAND = [sys.executable, "-m", "bench", "quality", "--steps", "3", "--seeds", "2", "--grid-seeds", "1"]
+OPTIONS = ["--setting", "mixed", "--loss", "bt", "normbt", "--learning-rate", "1e-3", "2e-3", "--processes", "1"]
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Runs the command; returns its results, its folder of runs and when each run was written."""
+    folder = tmp_path_factory.mktemp("quality")
+
+    def run():
+        command = [*COMMAND, *OPTIONS, "--sensitivity-seeds", "0", "--out", folder / "out", "--runs", folder / "runs"]
+        process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert process.returncode == 0, process.stderr
+        results = json.loads((folder / "out" / "quality.json").read_text())
+        return results, process.stdout, {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*.npz")}
+
+    return run
+
+
+def test_it_reports_what_the_runs_predicted_and_resumes(experiment):
+    results, screen, written = experiment()
+    assert len(written) == 2 * 2 + 2  # two losses at two rates, then a second seed at the chosen rate
+    mixed = results["settings"]["mixed"]
+    (folder,) = {path.parent for path in written}
+    for loss in ("bt", "normbt"):
+        rates = mixed["learning_rates"][loss]
+        chosen = rates["chosen"]
+        assert rates["validation_accuracy"][f"{chosen}"] == max(rates["validation_accuracy"].values())
+        for seed in (0, 1):
+            with np.load(folder / f"mixed-{loss}-lr{chosen:g}-seed{seed}.npz") as run:
+                assert len(run["test_chosen"]) == len(run["validation_chosen"]) == 2000
+                right = run["test_chosen"] > run["test_rejected"]
+                fine = run["test_category"] == "fine: one wrong token"
+                groups = mixed["groups"]
+                assert groups["all"]["accuracy"][loss]["seeds"][seed] == pytest.approx(right.mean())
+                assert groups["fine: one wrong token"]["accuracy"][loss]["seeds"][seed] == pytest.approx(
+                    right[fine].mean()
+                )
+    assert f"{mixed['groups']['all']['accuracy']['bt']['mean']:.3f}" in screen
+    assert results["environment"]["command"].startswith("python -m bench quality")
+
+    victim = next(iter(written))
+    victim.unlink()
+    again, _, rewritten = experiment()
+    assert again["settings"] == results["settings"]  # the run that was lost is the same when it is made again
+    assert {path for path in written if written[path] != rewritten[path]} == {victim}
+
+
+def make_run(right, distance, category):
+    chosen = np.asarray(right, dtype=np.float32)
+    arrays = {"chosen": chosen, "rejected": np.full_like(chosen, 0.5), "distance": np.asarray(distance)}
+    run = {f"{split}_{key}": values for split in ("validation", "test") for key, values in arrays.items()}
+    return run | {"test_category": np.array(category), "validation_category": np.array(category)}
+
+
+def test_thirds_are_those_of_plain_bt_of_the_same_seed():
+    category = ["coarse", "fine"] * 3
+    bt = make_run([1, 1, 1, 0, 0, 0], [1, 2, 3, 4, 5, 6], category)
+    other = make_run([0, 0, 1, 1, 1, 1], [6, 5, 4, 3, 2, 1], category)  # its own distances would turn the thirds round
+    groups = quality.compare({"bt": [bt], "normbt": [other]})
+    expected = {"closest third": (1.0, 0.0), "middle third": (0.5, 1.0), "farthest third": (0.0, 1.0)}
+    for group, (of_bt, of_other) in expected.items():
+        assert groups[group]["accuracy"]["bt"]["seeds"] == [of_bt]
+        assert groups[group]["accuracy"]["normbt"]["seeds"] == [of_other]
+    assert groups["fine"]["accuracy"]["normbt"]["seeds"] == [pytest.approx(2 / 3)]
+    assert groups["all"]["difference"] == [
+        {"loss": "normbt", "baseline": "bt", "mean": pytest.approx(1 / 6), "interval_95": None, "p_value": None}
+    ]
+
+
+def test_intervals_and_paired_tests_are_those_of_a_table_of_students_t():
+    values, baseline = [0.9, 0.8, 0.85], [0.7, 0.75, 0.65]
+    differences = [0.2, 0.05, 0.2]
+    mean, deviation = 0.15, math.sqrt((0.05**2 + 0.1**2 + 0.05**2) / 2)
+    result = quality.paired(values, baseline)
+    half = 4.302653 * deviation / math.sqrt(3)  # t of 2 degrees of freedom at 97.5%
+    assert result["mean"] == pytest.approx(np.mean(differences))
+    assert result["interval_95"] == pytest.approx([mean - half, mean + half], rel=1e-6)
+    t = mean / (deviation / math.sqrt(3))
+    assert result["p_value"] == pytest.approx(1 - t / math.sqrt(t * t + 2), rel=1e-6)  # closed form at 2 degrees
+    assert quality.paired(values, values)["p_value"] is None
+
+
+def test_each_variant_is_compared_with_bt_and_with_what_it_is_put_on():
+    run = make_run([1, 0, 1], [1, 2, 3], ["fine"] * 3)
+    losses = ("bt", "bt-margin", "normbt", "normbt-margin")
+    groups = quality.compare({loss: [run] for loss in losses})
+    assert "fine" not in groups  # it is all pairs
+    compared = {(row["loss"], row["baseline"]) for row in groups["all"]["difference"]}
+    assert compared == {("bt-margin", "bt"), ("normbt", "bt"), ("normbt-margin", "bt"), ("normbt-margin", "bt-margin")}
+
+
+def test_runs_of_other_data_or_steps_are_kept_apart(monkeypatch):
+    digest = quality._digest("embedded", None)
+    assert digest != quality._digest("embedded", 10)
+    assert digest == quality._digest("embedded", None)
+    from normbt_kernels.training import demo
+
+    monkeypatch.setitem(demo.TRAINING_DEFAULTS, "warmup_steps", 7)
+    assert digest != quality._digest("embedded", None)
+
+
+def test_no_runs_are_left_half_written_by_an_interrupt(tmp_path):
+    import signal
+    import time
+
+    command = [*COMMAND, *OPTIONS, "--out", tmp_path / "out", "--runs", tmp_path / "runs"]
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert b"bench: interrupted" in errors
+    runs = list(tmp_path.glob("runs/*/*.npz"))
+    assert runs
+    for path in runs:
+        with np.load(path) as arrays:
+            assert len(arrays["test_chosen"]) == 2000
+    assert not list(tmp_path.glob("out/*.json"))

@@ -1,0 +1,93 @@
+"""The losses that `normbt train` compares are the formulas that their names stand for, on the collator's batches."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+
+from normbt_kernels.integrations.transformers import PreferenceCollator
+from normbt_kernels.training import demo
+from normbt_kernels.training.arguments import LOSS_NAMES, TrainOptions, UserError
+from normbt_kernels.training.losses import loss_rows, make_loss
+from normbt_kernels.training.preferences import tokenize
+
+NUM_PAIRS, HIDDEN_SIZE = 8, 16
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return tokenize(demo.demo_pairs(NUM_PAIRS, seed="any"), demo.demo_tokenizer(), 100, "")
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    torch.manual_seed(0)
+    return torch.randn(2 * NUM_PAIRS, HIDDEN_SIZE, dtype=torch.float64)
+
+
+def bradley_terry(variant, d, margin, smoothing):
+    """Per pair, from the formulas of the paper's baselines."""
+    if variant == "-margin":
+        return -F.logsigmoid(d - margin)
+    if variant == "-margin-out":
+        return -margin * F.logsigmoid(d)
+    if variant == "-smoothing":
+        return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
+    return -F.logsigmoid(d)
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.3])
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_each_loss_is_its_formula(rows, hidden, name, smoothing):
+    batch = PreferenceCollator(demo.demo_tokenizer())(loss_rows(name, rows))
+    constants = {key: batch[key].double() for key in ("margin", "pair_weight") if key in batch}
+    head = torch.linspace(-1, 1, HIDDEN_SIZE, dtype=torch.float64)
+    options = TrainOptions(label_smoothing=smoothing, eps=0.5, max_weight=1.1)
+    loss = make_loss(name, options)(hidden, head, **constants)
+
+    chosen, rejected = hidden.chunk(2)
+    d, distance = (chosen - rejected) @ head, (chosen - rejected).norm(dim=1)
+    margin = torch.tensor([row["margin"] for row in rows], dtype=torch.float64)
+    base, variant = ("normbt", name[6:]) if name.startswith("normbt") else ("bt", name[2:])
+    weight = (distance.mean() / (distance + 0.5)).clamp(max=1.1) if base == "normbt" else 1.0
+    expected = (weight * bradley_terry(variant, d, margin, 0.1 if smoothing is None else smoothing)).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # margins are fp32 in a batch
+
+
+def test_plain_losses_leave_the_margin_unused_and_keep_a_pair_weight(rows):
+    weighted = [row | {"pair_weight": 2.0} for row in rows]
+    for name in ("bt", "normbt", "bt-smoothing"):
+        assert all("margin" not in row and row["pair_weight"] == 2.0 for row in loss_rows(name, weighted))
+    assert all("margin" in row for row in weighted)  # what was given is not changed
+    products = [row["pair_weight"] for row in loss_rows("bt-margin-out", weighted)]
+    assert products == [2 * row["margin"] for row in rows]
+
+
+def test_margins_that_are_missing_or_negative_are_refused(rows):
+    without = [{key: value for key, value in row.items() if key != "margin"} for row in rows]
+    for name in ("bt-margin", "normbt-margin-out"):
+        with pytest.raises(UserError, match=f"{name} needs pairs with the column 'margin'"):
+            loss_rows(name, without)
+    negative = [rows[0] | {"margin": -0.5}, *rows[1:]]
+    loss_rows("bt-margin", negative)
+    with pytest.raises(UserError, match=r"must not be negative: got -0\.5"):
+        loss_rows("bt-margin-out", negative)
+
+
+def test_any_list_of_losses_is_one_comparison(tmp_path):
+    command = [sys.executable, "-m", "normbt_kernels", "train", "--max-steps", "2", "--eval-strategy", "no"]
+    losses = ["bt", "bt-margin-out", "normbt-margin", "normbt-smoothing"]
+    process = subprocess.run(
+        [*command, "--loss", *losses, "--output-dir", "out"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["losses"]) == losses
+    assert all(list(group["accuracy"]) == losses for group in results["groups"])
+    for label in ("BT margin-out", "NormBT margin", "NormBT smoothing"):
+        assert label in process.stdout
