@@ -29,10 +29,12 @@ from transformers import (
     ModernBertConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Trainer,
 )
 from trl import RewardConfig, RewardTrainer
 from trl.models import get_act_offloading_ctx_manager
 
+from normbt_kernels import apply_normbt
 from normbt_kernels.integrations import checkpoint
 from normbt_kernels.integrations import trl as integration
 from normbt_kernels.integrations.pooled_head import pool_head
@@ -169,7 +171,15 @@ class EagerNormBT(RewardTrainer):
 
 
 def parameters_of(trainer):
-    return torch.cat([parameter.detach().double().flatten() for parameter in trainer.model.parameters()])
+    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters())
+    return torch.cat([parameter.detach().double().flatten() for parameter in whole])
+
+
+def applied(*args, **kwargs):
+    """TRL's own trainer, with the one line for trainers that cannot be changed."""
+    trainer = RewardTrainer(*args, **kwargs)
+    apply_normbt(trainer.model)
+    return trainer
 
 
 def losses_of(trainer):
@@ -306,8 +316,6 @@ def test_pad_equal_to_eos_measures_the_rows_that_the_model_rewards(pooled, read,
 
 
 def test_apply_normbt_on_the_untouched_trainer_trains_the_same_model(tokenizer, tmp_path):
-    from normbt_kernels import apply_normbt
-
     arguments = {
         "max_steps": 20,
         "center_rewards_coefficient": 0.05,
@@ -593,28 +601,52 @@ def test_host_reads_once_per_log_and_never_in_a_step(tokenizer, tmp_path):
 # --- several processes ---------------------------------------------------------------------------------------------
 
 
-def train_on_this_rank(cls, tokenizer, output_dir, **config):
-    trainer = make_trainer(
-        cls, make_model(), tokenizer, output_dir, make_dataset(18), make_dataset(8, seed=1), logging_steps=2, **config
-    )
+def train_on_this_rank(cls, model, tokenizer, output_dir, **config):
+    data = make_dataset(18), make_dataset(8, seed=1)
+    trainer = make_trainer(cls, model, tokenizer, output_dir, *data, logging_steps=2, **config)
     trainer.train()
     return trainer
+
+
+def trained(trainer):
+    """The whole parameters and mu that training has led to."""
+    weights = trainer.model.score.normbt if type(trainer) is RewardTrainer else trainer.pair_loss
+    return parameters_of(trainer), weights.state_dict()["mu"].clone()
+
+
+TRAINER_TAKES_FSDP2 = hasattr(Trainer, "_defer_fsdp_gradient_reduction")  # of a model sharded at load time
+
+
+def sharded_model(folder):
+    """The same model, by `fully_shard` (which accelerate does not do on CPUs, but transformers does)."""
+    from transformers.distributed import DistributedConfig
+
+    if torch.distributed.get_rank() == 0:
+        make_model().save_pretrained(folder)
+    torch.distributed.barrier()
+    config = DistributedConfig(fsdp_size=torch.distributed.get_world_size())
+    return AutoModelForSequenceClassification.from_pretrained(folder, distributed_config=config)
 
 
 def train_on_two_ranks(output_dir):
     tokenizer = make_tokenizer()
     config = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     histories = [
-        train_on_this_rank(cls, tokenizer, output_dir, learning_rate=0.0, num_train_epochs=1,
+        train_on_this_rank(cls, make_model(), tokenizer, output_dir, learning_rate=0.0, num_train_epochs=1,
                            eval_strategy="steps", eval_steps=3, **config).state.log_history
         for cls in (RewardTrainer, NormBTRewardTrainer)
     ]  # fmt: skip
-    trainer = train_on_this_rank(NormBTRewardTrainer, tokenizer, output_dir, max_steps=4, **config)
+    results = {}
+    for cls in (NormBTRewardTrainer, applied):
+        for engine in ("DDP", "FSDP2") if TRAINER_TAKES_FSDP2 else ("DDP",):
+            model = make_model() if engine == "DDP" else sharded_model(output_dir / f"initial-{cls.__name__}")
+            trainer = train_on_this_rank(cls, model, tokenizer, output_dir, max_steps=4, **config)
+            results[f"{cls.__name__} under {engine}"] = trained(trainer)
     if trainer.is_world_process_zero():
-        torch.save((histories, parameters_of(trainer), trainer.pair_loss.mu), output_dir / "two_ranks.pt")
+        torch.save((histories, results), output_dir / "two_ranks.pt")
     # gloo's threads must end before the interpreter does, and its destructor wait for them without the GIL, which it
     # does not where DDP is the last to let go of the group.
-    del trainer
+    del trainer, model
     gc.collect()
     torch.distributed.destroy_process_group()
 
@@ -625,7 +657,7 @@ def test_two_ranks_log_as_trl_does_and_train_as_one_on_the_joined_batch(tokenize
     environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "CI": "1"}
     run = subprocess.run([*command, str(tmp_path)], env=environment, timeout=300, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    (theirs, ours), parameters, mu = torch.load(tmp_path / "two_ranks.pt", weights_only=True)
+    (theirs, ours), results = torch.load(tmp_path / "two_ranks.pt", weights_only=True)
     for expected, seen in zip(theirs, ours, strict=True):
         shared = {name for name in expected if name.removeprefix("eval_") in METRICS}
         assert len(shared) == 6 or "train_runtime" in expected
@@ -634,10 +666,14 @@ def test_two_ranks_log_as_trl_does_and_train_as_one_on_the_joined_batch(tokenize
             assert seen["bt_loss"] == pytest.approx(expected["loss"])
 
     initial = torch.cat([parameter.detach().double().flatten() for parameter in make_model().parameters()])
-    joined = train_on_this_rank(NormBTRewardTrainer, tokenizer, tmp_path, max_steps=4, per_device_train_batch_size=4)
-    expected = parameters_of(joined)
-    assert (parameters - expected).norm() < 1e-5 * (expected - initial).norm()
-    torch.testing.assert_close(mu, joined.pair_loss.mu, rtol=1e-6, atol=0)
+    config = {"max_steps": 4, "per_device_train_batch_size": 4}
+    expected, expected_mu = trained(
+        train_on_this_rank(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, **config)
+    )
+    assert len(results) == (4 if TRAINER_TAKES_FSDP2 else 2)
+    for run, (parameters, mu) in results.items():
+        assert (parameters - expected).norm() < 1e-5 * (expected - initial).norm(), run
+        torch.testing.assert_close(mu, expected_mu, rtol=1e-6, atol=0, msg=run)
 
 
 # --- misuse explains itself ----------------------------------------------------------------------------------------
@@ -691,6 +727,15 @@ def test_forward_that_skips_the_head_found_is_refused(tokenizer, tmp_path):
     model.score = torch.nn.Linear(16, 1, bias=False)
     with pytest.raises(ValueError, match="did not call its scalar head 'score'"):
         trainer.train()
+
+
+def test_data_without_the_columns_are_refused_with_those_they_have(tokenizer, tmp_path):
+    rows = [{"question": "a", "chosen": "b"}]
+    for dataset in (Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+        with pytest.raises(ValueError, match=r"the train dataset needs .*'rejected'.*; it has chosen, question"):
+            make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, dataset, max_steps=1)
+    with pytest.raises(ValueError, match="the eval dataset needs"):
+        make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, make_dataset(4), Dataset.from_list(rows))
 
 
 @pytest.mark.parametrize("options", [{"beta": 1.0}, {"eps": -1.0}, {"max_weight": 0.0}])

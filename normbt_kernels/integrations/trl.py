@@ -101,6 +101,20 @@ class NormBTRewardMixin(LossInCheckpoints):
         ).to(self.args.device)
         self._unlogged: list[tuple[str, Tensor]] = []  # mode and (len(METRICS),) of each batch since the last log
 
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """As in `RewardTrainer`, for data with the columns that it needs.
+
+        Raises:
+            ValueError: they are not there.
+        """
+        columns = set(dataset.column_names or next(iter(dataset)))
+        if not any({f"chosen{kind}", f"rejected{kind}"} <= columns for kind in ("", "_ids", "_input_ids")):
+            raise ValueError(
+                f"the {dataset_name} dataset needs the columns 'chosen' and 'rejected', text or messages (or token "
+                f"ids, 'chosen_ids' and 'rejected_ids'); it has {', '.join(sorted(columns)) or 'none'}"
+            )
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -3,6 +3,7 @@
 python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed.zero3 FOLDER
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -62,3 +63,6 @@ if __name__ == "__main__":
     PartialState(backend="gloo").wait_for_everyone()
     torch.save(zero3(folder), folder / f"zero3-{dist.get_rank()}.pt")
     torch.save(zero3(folder, resume=str(folder / "checkpoint-5")), folder / f"zero3_resumed-{dist.get_rank()}.pt")
+    gc.collect()  # the engines, which would otherwise outlive the group, and end its threads at exit
+    dist.barrier()
+    dist.destroy_process_group()
