@@ -1,0 +1,343 @@
+"""What a device shows and an interpreter does not, as plain functions: pytest is not needed to run them.
+
+    python tests/kernels/device_checks.py [--json FILE] [check ...]
+
+A check raises, or returns nothing, or returns why there is nothing to check here. All of them run on `cases.DEVICE`;
+without a GPU they run on small sizes, and `record` runs the step itself where a GPU would replay a CUDA graph of it.
+`test_device_checks.py` runs the same functions under pytest, bench/gpu_check.sh this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from cases import (
+    BACKEND,
+    CASES,
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    OURS,
+    Case,
+    assert_as_reference,
+    assert_same_bits,
+    judge,
+    leaves,
+    linear_case,
+    ours,
+    reward_case,
+    tolerance,
+)
+from torch import Tensor, nn
+
+import reference
+from bench.graph_step import capture
+from normbt_kernels import LinearNormBTLoss, NormBTLoss, pair_distance
+from normbt_kernels.ops._triton import INTERPRETED
+from normbt_kernels.resumable import write_whole
+
+ON_GPU = DEVICE.type == "cuda"
+MODULES = {"linear": LinearNormBTLoss, "reward": NormBTLoss}
+Step = Callable[[], list[Tensor]]
+
+
+# --- against the reference ---------------------------------------------------------------------------------------
+
+
+def dtypes_layouts_and_odd_sizes() -> None:
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            assert_as_reference(linear_case(7, 33, dtype, layout=layout, pooled=layout != "halves", mu=None))
+        assert_as_reference(reward_case(7, 33, dtype, margin="strided"))
+    # Rows of one column, of an odd number, of more than one block; pairs for more than one turn of each program.
+    sizes = [(1, 1, torch.float32), (5, 333, torch.float16), (9001 if ON_GPU else 97, 130, torch.bfloat16)]
+    if not INTERPRETED:  # test_against_reference.py has such rows, and they take the interpreter a minute
+        sizes += [(7, 4099, torch.bfloat16), (2, 16385, torch.bfloat16), (2, 8193, torch.float32)]
+    for num_pairs, hidden_size, dtype in sizes:
+        assert_as_reference(linear_case(num_pairs, hidden_size, dtype, layout="explicit", center_coef=0.05))
+        assert_as_reference(linear_case(num_pairs, hidden_size, dtype))
+        assert_as_reference(reward_case(num_pairs, hidden_size, dtype, mu=None))
+
+
+def offsets_beyond_2_to_the_31_elements() -> str | None:
+    """Pairs whose rejected rows begin 2^31 elements after the first row: these must be as right as the first ones."""
+    num_pairs, hidden_size = (2**31 // 8192 + 5, 8192) if ON_GPU else (300, 64)
+    needed = 2.5 * 2 * num_pairs * hidden_size * 2  # rows and their gradient, in 16 bits, and room to work
+    if ON_GPU and torch.cuda.mem_get_info()[0] < needed:
+        return f"needs {needed / 2**30:.0f} GiB of GPU memory"
+    hidden = torch.randn(2 * num_pairs, hidden_size, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    head = torch.randn(hidden_size, dtype=torch.bfloat16, device=DEVICE) / hidden_size**0.5
+    some = torch.tensor([0, 1, num_pairs // 2, num_pairs - 2, num_pairs - 1], device=DEVICE)
+    rows = torch.cat([some, some + num_pairs])
+
+    loss, stats = OURS["linear"](hidden, head, 90.0, reduction="sum", return_stats=True)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    few = Case(
+        "linear",
+        {"hidden": hidden.detach()[rows], "weight": head},
+        {"pairs": "halves", "last_token": None, "mu": 90.0, "reduction": "sum"},
+    )
+    truth = judge(few)
+    torch.testing.assert_close(stats.distance[some].double(), truth.stats["distance"], **tolerance(torch.bfloat16))
+    step = 2 * torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(gradient[rows].double(), truth.gradients["hidden"], rtol=step, atol=1e-30)
+    return None
+
+
+def same_inputs_same_bits_100_times() -> None:
+    num_pairs, hidden_size = (4099, 1000) if ON_GPU else (97, 5)
+    for case in (
+        linear_case(num_pairs, hidden_size, torch.bfloat16, mu=None),
+        linear_case(num_pairs, hidden_size, torch.bfloat16, layout="explicit", center_coef=0.1),
+        reward_case(num_pairs, hidden_size, torch.bfloat16),
+    ):
+        first = ours(case)
+        for _ in range(1 if INTERPRETED else 99):
+            assert_same_bits(ours(case), first)
+
+
+# --- the device: other ones, the host that must not wait, graphs ---------------------------------------------------
+
+
+def tensors_on_another_device_than_the_current_one() -> str | None:
+    if torch.cuda.device_count() < 2:
+        return "needs two GPUs"
+    other = torch.device("cuda", 1)
+    for form, make in CASES.items():
+        case = make(17, 33, torch.float32)
+        there = Case(form, {name: x.to(other) for name, x in case.inputs.items()}, moved(case.arguments, other))
+        with torch.cuda.device(0):
+            result = ours(there)
+            assert torch.cuda.current_device() == 0
+        assert result.loss.device == other
+        torch.testing.assert_close(result.loss.to(DEVICE), ours(case).loss, **tolerance(torch.float32))
+    return None
+
+
+def moved(arguments: dict, device: torch.device) -> dict:
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+@contextmanager
+def host_must_not_wait() -> Iterator[None]:
+    """On a GPU: PyTorch raises RuntimeError where an operator would make the host wait for the device."""
+    if not ON_GPU:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def no_step_makes_the_host_wait() -> str | None:
+    if not ON_GPU:
+        return "nothing waits on a CPU (test_graph_safety.py counts what an interpreted step hands to the host)"
+    one, seen = torch.ones((), device=DEVICE), "nothing"
+    try:
+        with host_must_not_wait():
+            one.item()
+    except RuntimeError as error:
+        seen = str(error)
+    assert "synchronizing" in seen, f"of .item(), set_sync_debug_mode saw {seen}"
+    for form, training in itertools.product(MODULES, (True, False)):
+        loss, inputs = MODULES[form]().to(DEVICE).train(training), module_inputs(form, 33)
+        does_not_wait(lambda: step(loss, inputs))  # noqa: B023 (called in this turn)
+    for layout in LAYOUTS:
+        case = linear_case(17, 33, torch.bfloat16, layout=layout, pooled=True)
+        inputs, rows = leaves(case), (case.arguments["pairs"], case.arguments["last_token"])
+        does_not_wait(lambda: OURS["linear"](**inputs, **case.arguments, return_stats=True)[0].backward())  # noqa: B023
+        does_not_wait(lambda: pair_distance(case.inputs["hidden"], *rows))  # noqa: B023
+    return None
+
+
+def does_not_wait(run: Callable[[], object]) -> None:
+    run()  # compiles
+    with host_must_not_wait():
+        run()
+
+
+def module_inputs(form: str, num_pairs: int, scale: float = 1.0) -> dict[str, Tensor]:
+    """What a module takes; those that are trained require grad."""
+    hidden = (scale * torch.randn(2 * num_pairs, 130)).to(DEVICE, torch.bfloat16)
+    if form == "linear":
+        return {"hidden": hidden.requires_grad_(), "weight": torch.randn(130).to(DEVICE).requires_grad_()}
+    rewards = [torch.randn(num_pairs).to(DEVICE).requires_grad_() for _ in range(2)]
+    chosen, rejected = (rows.clone() for rows in hidden.chunk(2))
+    return {
+        "chosen_rewards": rewards[0],
+        "rejected_rewards": rewards[1],
+        "chosen_hidden": chosen,
+        "rejected_hidden": rejected,
+    }
+
+
+def step(loss: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The loss and the gradients of one batch."""
+    value = loss(**inputs)
+    return [value.detach(), *torch.autograd.grad(value, [x for x in inputs.values() if x.requires_grad])]
+
+
+def record(run: Step) -> tuple[list[Tensor], Callable[[], object]]:
+    """Outputs that stay where they are, and what fills them anew: the replay of a CUDA graph, on a CPU the step."""
+    if ON_GPU:
+        return capture(run)
+    outputs = [output.clone() for output in run()]
+    return outputs, lambda: [output.copy_(new) for output, new in zip(outputs, run(), strict=True)]
+
+
+def replays_of_a_graph_are_eager_steps() -> None:
+    """Seven batches through one graph, the third not finite: the bits and the EMA of seven eager steps."""
+    for form, module in MODULES.items():
+        batches = [module_inputs(form, 33, scale=1 + i) for i in range(7)]
+        rows = "hidden" if form == "linear" else "chosen_hidden"
+        with torch.no_grad():
+            batches[2][rows][0, 0] = float("inf")
+        eager, recorded, ema = module().to(DEVICE), module().to(DEVICE), reference.DistanceEMA()
+        expected = [step(eager, batch) for batch in batches]
+
+        static = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in batches[0].items()}
+        outputs, replay = record(lambda: step(recorded, static))  # noqa: B023 (recorded and replayed in this turn)
+        recorded.mu.zero_()  # what the warm-up left
+        recorded.num_updates.zero_()
+        for batch, results in zip(batches, expected, strict=True):
+            with torch.no_grad():
+                for name, x in static.items():
+                    x.copy_(batch[name])
+            replay()
+            assert_same_bits(outputs, results)
+            hidden = batch["hidden"] if form == "linear" else torch.cat([batch[rows], batch["rejected_hidden"]])
+            ema.update(reference.pair_distance(hidden.float()))
+            torch.testing.assert_close(recorded.mu, ema.mu, **tolerance(torch.float32))
+        assert_same_bits(dict(recorded.state_dict()), dict(eager.state_dict()))
+        assert recorded.num_updates == 6  # all but the third
+
+
+# --- torch.compile and mixed precision -----------------------------------------------------------------------------
+
+
+def compiled_whole_is_eager_to_the_bit() -> str | None:
+    if INTERPRETED:
+        return "Inductor would have its own kernels interpreted"
+    for form, module in MODULES.items():
+        torch.compiler.reset()
+        eager, traced = module().to(DEVICE), module().to(DEVICE)
+        # Inductor takes minutes to compile C++, and test_torch_compile.py does so.
+        compiled = torch.compile(traced, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
+        for i in range(4):
+            inputs = module_inputs(form, 33, scale=1 + i)
+            assert_same_bits(step(compiled, inputs), step(eager, inputs))
+        assert_same_bits(dict(traced.state_dict()), dict(eager.state_dict()))
+    torch.compiler.reset()
+    return None
+
+
+def amp_survives_overflow() -> None:
+    """fp16 autocast with a GradScaler: a step that overflows changes no parameter, and mu only by finite distances."""
+    backbone, head = nn.Linear(32, 64).to(DEVICE), nn.Linear(64, 1).to(DEVICE)
+    loss_fn = LinearNormBTLoss().to(DEVICE)
+    parameters = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10)
+
+    def train(batch: Tensor) -> bool:
+        """Whether the step changed the parameters."""
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, torch.float16):
+            hidden = backbone(batch)
+            assert hidden.dtype == torch.float16
+            loss = loss_fn(hidden, head.weight, head.bias)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(parameter.isfinite().all() for parameter in parameters)
+        return any(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+
+    batch = torch.randn(16, 32).to(DEVICE)
+    assert train(batch)
+    assert (loss_fn.num_updates, scaler.get_scale()) == (1, 2.0**10)
+    mu = loss_fn.mu.clone()
+    assert not train(1e6 * batch)  # beyond fp16 in forward: distances are not finite
+    assert (loss_fn.num_updates, scaler.get_scale()) == (1, 2.0**9)
+    assert_same_bits(loss_fn.mu, mu)
+    scaler.update(2.0**40)
+    assert not train(batch)  # beyond fp16 in backward: the distances were as good as ever
+    assert (loss_fn.num_updates, scaler.get_scale()) == (2, 2.0**39)
+    scaler.update(2.0**10)
+    assert train(batch)
+    assert (loss_fn.num_updates, scaler.get_scale()) == (3, 2.0**10)
+
+
+# --- for compute-sanitizer -----------------------------------------------------------------------------------------
+
+
+def a_little_of_everything() -> None:
+    """Every kernel once on few and odd sizes: what compute-sanitizer runs, a hundred times slower."""
+    for dtype, hidden_size in ((torch.bfloat16, 33), (torch.float32, 1025)):
+        for layout in LAYOUTS:
+            ours(linear_case(5, hidden_size, dtype, layout=layout, pooled=True, mu=None))
+        ours(linear_case(5, hidden_size, dtype, layout="explicit", reduction="none"), torch.ones(5, device=DEVICE))
+        ours(reward_case(5, hidden_size, dtype))
+    if not INTERPRETED:
+        ours(linear_case(3, 16385, torch.bfloat16))  # rows longer than a block
+    step(LinearNormBTLoss().to(DEVICE), module_inputs("linear", 5))
+    pair_distance(linear_case(5, 33, torch.bfloat16).inputs["hidden"])
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        dtypes_layouts_and_odd_sizes,
+        offsets_beyond_2_to_the_31_elements,
+        same_inputs_same_bits_100_times,
+        tensors_on_another_device_than_the_current_one,
+        no_step_makes_the_host_wait,
+        replays_of_a_graph_are_eager_steps,
+        compiled_whole_is_eager_to_the_bit,
+        amp_survives_overflow,
+        a_little_of_everything,
+    )
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", nargs="*", help=f"(default: all): {', '.join(CHECKS)}")
+    parser.add_argument("--json", type=Path, help="file for the outcome of each check")
+    options = parser.parse_args()
+    if unknown := set(options.check) - CHECKS.keys():
+        parser.error(f"no such check: {', '.join(sorted(unknown))}")
+    if ON_GPU and BACKEND != "triton":
+        parser.error("Triton is not installed: none of the kernels would run on this GPU")
+    outcomes = {}
+    print(f"backend {BACKEND} on {DEVICE}", flush=True)
+    for name in options.check or CHECKS:
+        torch.manual_seed(0)
+        start = time.monotonic()
+        try:
+            reason = CHECKS[name]()
+            outcome = "passed" if reason is None else f"skipped: {reason}"
+        except Exception as error:  # any: the other checks are still to be made
+            traceback.print_exc()
+            outcome = f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        outcomes[name] = {"outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
+        print(f"{name}: {outcome} ({outcomes[name]['seconds']} s)", flush=True)
+        if options.json:
+            text = json.dumps({"backend": BACKEND, "device": str(DEVICE), "checks": outcomes}, indent=1) + "\n"
+            write_whole(options.json, lambda path, text=text: path.write_text(text))
+    return int(any(entry["outcome"].startswith("failed") for entry in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
