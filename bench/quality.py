@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=SETTINGS, help="(default: both)")
     parser.add_argument("--seeds", type=int, help="(default: 8, --quick: 2)")
     parser.add_argument("--grid-seeds", type=int, help="seeds that choose a learning rate (default: 2, --quick: 1)")
-    parser.add_argument("--learning-rate", nargs="+", type=float, help="grid (default: 2.5e-4 5e-4 1e-3 2e-3)")
+    parser.add_argument("--learning-rate", nargs="+", type=float, help="grid (default: 1.25e-4 2.5e-4 5e-4 1e-3 2e-3)")
     parser.add_argument("--steps", type=int, help="of a run (default: the data set's own, --quick: 40)")
     parser.add_argument("--sensitivity-seeds", type=int, help="0 for no sweep (default: 4, --quick: 0)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: %(default)s, one per core)")
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     quick = options.quick
     seeds = range(options.seeds or (2 if quick else 8))
     grid_seeds = range(min(options.grid_seeds or (1 if quick else 2), len(seeds)))
-    grid = options.learning_rate or ([1e-3] if quick else [2.5e-4, 5e-4, 1e-3, 2e-3])
+    grid = options.learning_rate or ([1e-3] if quick else [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3])
     steps = options.steps or (40 if quick else None)
     sweep_seeds = range((0 if quick else 4) if options.sensitivity_seeds is None else options.sensitivity_seeds)
     folder = options.runs / _digest(options.dataset, steps)

@@ -20,10 +20,10 @@ import math
 import random
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from normbt_kernels.training.models import new_llama
 from normbt_kernels.training.preferences import Preference
 
 NUMBERS = range(50)
@@ -130,17 +130,4 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
 
 def demo_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
     """A Llama of 2 layers and 64 hidden units with a scalar head, drawn from torch's current seed."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype=torch.float32,
-    )
-    return LlamaForSequenceClassification(config)
+    return new_llama(tokenizer, hidden_size=64, intermediate_size=128, num_layers=2, max_tokens=64)

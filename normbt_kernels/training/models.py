@@ -1,4 +1,4 @@
-"""A reward model from any checkpoint: one scalar head, and a pad token that is nothing else."""
+"""A reward model from any checkpoint, or a small new one: one scalar head, and a pad token that is nothing else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -64,3 +66,23 @@ def load_model(name: str, tokenizer: PreTrainedTokenizerBase, dtype: str) -> Pre
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def new_llama(
+    tokenizer: PreTrainedTokenizerBase, hidden_size: int, intermediate_size: int, num_layers: int, max_tokens: int
+) -> LlamaForSequenceClassification:
+    """A Llama with four heads of attention and a scalar head, drawn from torch's current seed."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=max_tokens,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype=torch.float32,
+    )
+    return LlamaForSequenceClassification(config)

@@ -21,11 +21,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from normbt_kernels.training.models import new_llama
 from normbt_kernels.training.preferences import Preference
 
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
@@ -232,17 +232,4 @@ def stdlib_tokenizer() -> PreTrainedTokenizerFast:
 
 def stdlib_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
     """A Llama of 3 layers and 96 hidden units with a scalar head, drawn from torch's current seed."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype=torch.float32,
-    )
-    return LlamaForSequenceClassification(config)
+    return new_llama(tokenizer, hidden_size=96, intermediate_size=256, num_layers=3, max_tokens=MAX_TOKENS)
