@@ -9,7 +9,8 @@ are never trained on, and the choice does not see the test pairs.
     mixed      fine pairs (one fault) and coarse pairs (much differs): the paper's situation
     fine-only  the control: without coarse pairs there is little for NormBT to mend
 
-Thirds by distance are those of the plain BT model of the same seed, the same pairs for every loss. Intervals are 95%
+Thirds by distance go by a pair's mean rank under all losses' models of the seed: the same pairs for every loss, and no
+loss's own (the pairs that lie close under one loss are also those which that loss has not learned). Intervals are 95%
 by Student's t over seeds; the tests are paired over seeds and two-sided, and not corrected for their number. The
 sensitivity sweep changes one of NormBT's constants at a time, at NormBT's own learning rate.
 
@@ -253,14 +254,14 @@ def correct(arrays: dict[str, np.ndarray], split: str) -> np.ndarray:
 
 
 def group_accuracies(
-    runs: Sequence[dict[str, np.ndarray]], thirds_of: Sequence[dict[str, np.ndarray]] = ()
+    runs: Sequence[dict[str, np.ndarray]], distances: Sequence[np.ndarray] = ()
 ) -> dict[str, list[float]]:
-    """Test accuracy of each run, by group of pairs: all, each category, and thirds by the distances of `thirds_of`."""
+    """Test accuracy of each run, by group of pairs: all, each category, thirds by `distances`, an array each."""
     groups: dict[str, list[float]] = {"all": [float(correct(run, "test").mean()) for run in runs]}
     for category in np.unique(runs[0]["test_category"]):
         groups[str(category)] = [float(correct(run, "test")[run["test_category"] == category].mean()) for run in runs]
-    for run, reference in zip(runs, thirds_of, strict=bool(thirds_of)):
-        order = np.argsort(reference["test_distance"], kind="stable")
+    for run, distance in zip(runs, distances, strict=bool(distances)):
+        order = np.argsort(distance, kind="stable")
         for third, members in zip(("closest", "middle", "farthest"), np.array_split(order, 3), strict=True):
             groups.setdefault(f"{third} third", []).append(float(correct(run, "test")[members].mean()))
     if len(np.unique(runs[0]["test_category"])) == 1:
@@ -271,7 +272,9 @@ def group_accuracies(
 def compare(runs: dict[str, Sequence[dict[str, np.ndarray]]]) -> dict[str, Any]:
     """By group: each loss's accuracies with their interval, and differences paired by seed: to plain BT, and of NormBT
     on top of a loss to that loss."""
-    accuracies = {loss: group_accuracies(of_loss, runs.get("bt", ())) for loss, of_loss in runs.items()}
+    by_seed = zip(*runs.values(), strict=True)
+    mean_ranks = [np.mean([_ranks(run["test_distance"]) for run in of_seed], axis=0) for of_seed in by_seed]
+    accuracies = {loss: group_accuracies(of_loss, mean_ranks) for loss, of_loss in runs.items()}
     pairs = [(loss, "bt") for loss in runs if loss != "bt" and "bt" in runs]
     pairs += [(f"norm{loss}", loss) for loss in runs if loss != "bt" and f"norm{loss}" in runs]
     groups: dict[str, Any] = {}
@@ -285,6 +288,10 @@ def compare(runs: dict[str, Sequence[dict[str, np.ndarray]]]) -> dict[str, Any]:
             ],
         }
     return groups
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(values, kind="stable"))
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:
@@ -380,7 +387,10 @@ def draw(plt: Any, results: dict[str, Any]) -> Any:
         for loss, rates in of["learning_rates"].items():
             values = {float(rate): accuracy for rate, accuracy in rates["validation_accuracy"].items()}
             axis.semilogx(list(values), list(values.values()), "o-", color=COLORS[loss], markersize=3)
-        axis.set(xlabel="learning rate", ylabel="validation accuracy", title=f"{setting}: each rate, each loss")
+        axis.set_xticks(list(values), [f"{rate * 1e4:g}" for rate in values])
+        axis.minorticks_off()
+        axis.set(xlabel="learning rate, 1e-4", ylabel="validation accuracy")
+        axis.set_title(f"{setting}, each rate", fontsize=10)
     for axis, constant in zip(axes[-1][len(settings) :], CONSTANTS if sweep else (), strict=False):
         rows = [row for row in sweep if row["constant"] == constant]
         for group in rows[0]["groups"]:
@@ -391,7 +401,8 @@ def draw(plt: Any, results: dict[str, Any]) -> Any:
             axis.fill_between(places, *zip(*ends, strict=True), alpha=0.15)
         axis.set_xticks(places, [f"{row['value']:g}" for row in rows])
         axis.set(xlabel=f"NormBT's {constant}", ylabel="test accuracy")
-        axis.legend(fontsize=7)
+    if sweep:
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     for axis in axes.flat:
         if not axis.has_data():
             axis.remove()

@@ -70,10 +70,10 @@ def make_run(right, distance, category):
     return run | {"test_category": np.array(category), "validation_category": np.array(category)}
 
 
-def test_thirds_are_those_of_plain_bt_of_the_same_seed():
+def test_thirds_go_by_the_mean_rank_of_all_losses_models():
     category = ["coarse", "fine"] * 3
     bt = make_run([1, 1, 1, 0, 0, 0], [1, 2, 3, 4, 5, 6], category)
-    other = make_run([0, 0, 1, 1, 1, 1], [6, 5, 4, 3, 2, 1], category)  # its own distances would turn the thirds round
+    other = make_run([0, 0, 1, 1, 1, 1], [10, 30, 20, 60, 40, 50], category)  # mean ranks 0, 1.5, 1.5, 4, 3.5, 4.5
     groups = quality.compare({"bt": [bt], "normbt": [other]})
     expected = {"closest third": (1.0, 0.0), "middle third": (0.5, 1.0), "farthest third": (0.0, 1.0)}
     for group, (of_bt, of_other) in expected.items():

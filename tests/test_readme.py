@@ -1,5 +1,6 @@
 """What the README says is what happens."""
 
+import json
 import re
 import subprocess
 import sys
@@ -53,3 +54,36 @@ def test_bench_commands_exist(command):
 def test_links_and_figures_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).is_file(), target
+
+
+def cells(row):
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_quality_figures_are_those_of_the_results():
+    settings = json.loads((ROOT / "bench/results/quality/quality.json").read_text())["settings"]
+    fine, coarse = "fine: one wrong token", "coarse: noisy style"
+    rows = {
+        "BT, all pairs": ("mixed", "all", "bt"),
+        "BT, fine pairs": ("mixed", fine, "bt"),
+        "BT, coarse pairs": ("mixed", coarse, "bt"),
+        "BT with margin, all pairs": ("mixed", "all", "bt-margin"),
+        "BT with margin outside, all pairs": ("mixed", "all", "bt-margin-out"),
+        "BT with label smoothing, all pairs": ("mixed", "all", "bt-smoothing"),
+        "BT, control without coarse pairs": ("fine-only", "all", "bt"),
+    }
+    quoted = {cells(line)[0]: cells(line)[1:] for line in README.splitlines() if line.startswith("| BT")}
+    for what, (setting, group, loss) in rows.items():
+        of = settings[setting]["groups"][group]
+        (found,) = [row for row in of["difference"] if (row["loss"], row["baseline"]) == (f"norm{loss}", loss)]
+        low, high = found["interval_95"]
+        assert quoted[what] == [
+            f"{of['accuracy'][loss]['mean']:.3f}",
+            f"{of['accuracy']['norm' + loss]['mean']:.3f}",
+            f"{found['mean']:+.3f} [{low:+.3f}, {high:+.3f}]",
+            f"{found['p_value']:.3f}",
+        ]
+    for name, loss in (("BT", "bt"), ("NormBT", "normbt")):
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| {name} | 0.8")]
+        accuracies = settings["mixed"]["learning_rates"][loss]["validation_accuracy"]
+        assert cells(line)[1:] == [f"{accuracy:.3f}" for accuracy in accuracies.values()]
