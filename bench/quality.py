@@ -90,10 +90,42 @@ def run(options: argparse.Namespace) -> int:
     grid = options.learning_rate or ([1e-3] if quick else [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3])
     steps = options.steps or (40 if quick else None)
     sweep_seeds = range((0 if quick else 4) if options.sensitivity_seeds is None else options.sensitivity_seeds)
+    pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"))
+    try:
+        settings, sensitivity = experiment(options, seeds, grid, grid_seeds, sweep_seeds, steps, pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    print_settings(settings)
+    print_sensitivity(sensitivity)
+    results = {
+        "dataset": options.dataset,
+        "steps": steps,
+        "seeds": len(seeds),
+        "grid": {"learning_rates": list(grid), "seeds": len(grid_seeds)},
+        "defaults": DEFAULTS,
+        "settings": settings,
+        "sensitivity": {"seeds": len(sweep_seeds), "rows": sensitivity},
+    }
+    report.save(results)
+    report.save_figure(lambda plt: draw(plt, results))
+    return 0
+
+
+def experiment(
+    options: argparse.Namespace,
+    seeds: range,
+    grid: Sequence[float],
+    grid_seeds: range,
+    sweep_seeds: range,
+    steps: int | None,
+    pool: ProcessPoolExecutor,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Trains all that is missing; the comparison of the losses in each setting, and the rows of the sweep."""
     folder = options.runs / _digest(options.dataset, steps)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def train(runs: Iterable[Run], what: str) -> None:
-        train_all(list(runs), folder, options.processes, what)
+        train_all(list(runs), folder, pool, what)
 
     def predictions(run: Run) -> dict[str, np.ndarray]:
         with np.load(folder / run.path) as arrays:
@@ -127,7 +159,6 @@ def run(options: argparse.Namespace) -> int:
             },
             "groups": compare(runs),
         }
-    print_settings(settings)
 
     sensitivity = []
     if sweep_seeds and ("mixed", "normbt") in cells:
@@ -147,20 +178,7 @@ def run(options: argparse.Namespace) -> int:
             sensitivity.append(
                 {"constant": constant, "value": value, "groups": {key: mean_interval(of) for key, of in groups.items()}}
             )
-        print_sensitivity(sensitivity)
-
-    results = {
-        "dataset": options.dataset,
-        "steps": steps,
-        "seeds": len(seeds),
-        "grid": {"learning_rates": list(grid), "seeds": len(grid_seeds)},
-        "defaults": DEFAULTS,
-        "settings": settings,
-        "sensitivity": {"seeds": len(sweep_seeds), "rows": sensitivity},
-    }
-    report.save(results)
-    report.save_figure(lambda plt: draw(plt, results))
-    return 0
+    return settings, sensitivity
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -175,20 +193,13 @@ def _digest(dataset: str, steps: int | None) -> str:
     return f"{dataset}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
-def train_all(runs: Sequence[Run], folder: Path, processes: int, what: str) -> None:
+def train_all(runs: Sequence[Run], folder: Path, pool: ProcessPoolExecutor, what: str) -> None:
     """Has each run's predictions in `folder`, training those that are not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if not (folder / run.path).exists()]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=what, unit="run") as bar:
-        if not missing:
-            return
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-        try:
-            for done in as_completed([pool.submit(train_one, run, folder) for run in missing]):
-                done.result()
-                bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for done in as_completed([pool.submit(train_one, run, folder) for run in missing]):
+            done.result()
+            bar.update()
 
 
 def train_one(run: Run, folder: Path) -> None:
@@ -341,6 +352,8 @@ def print_settings(settings: dict[str, Any]) -> None:
 
 
 def print_sensitivity(rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        return
     print("\nNormBT with one constant changed: accuracy on test pairs")
     print_table(
         ["constant", "value", *rows[0]["groups"]],
