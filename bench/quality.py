@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 import normbt_kernels
-from bench.harness import RESULTS, Report, print_table
+from bench.harness import Report, print_table
 from normbt_kernels.resumable import write_whole
 from normbt_kernels.training.arguments import LOSS_NAMES, STDLIB_FAULTS, TrainOptions
 from normbt_kernels.training.report import COLORS, LABELS
@@ -46,6 +47,7 @@ CONSTANTS = {
     "eps": (1e-6, 0.1, 1.0, 10.0),
     "max_weight": (1.0, 2.0, 5.0, 100.0),
 }
+CODE = ("modules.py", "functional.py", "ops/*.py", "training/losses.py", "integrations/transformers.py")
 DEFAULTS = {"beta": 0.9, "eps": 1e-6, "max_weight": 100.0}
 
 
@@ -81,7 +83,7 @@ class Run:
 
 
 def run(options: argparse.Namespace) -> int:
-    options.out = options.out or RESULTS / "quality"
+    options.loss = list(dict.fromkeys(options.loss))
     name = "quality" if options.dataset == "embedded" else f"quality-{options.dataset}"
     report = Report(name, options)
     quick = options.quick
@@ -92,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     sweep_seeds = range((0 if quick else 4) if options.sensitivity_seeds is None else options.sensitivity_seeds)
     pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"))
     try:
-        settings, sensitivity = experiment(options, seeds, grid, grid_seeds, sweep_seeds, steps, pool)
+        settings, sensitivity, finished = experiment(options, seeds, grid, grid_seeds, sweep_seeds, steps, pool)
     finally:
         pool.shutdown(cancel_futures=True)
     print_settings(settings)
@@ -100,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
     results = {
         "dataset": options.dataset,
         "steps": steps,
+        "runs_finished": finished,
         "seeds": len(seeds),
         "grid": {"learning_rates": list(grid), "seeds": len(grid_seeds)},
         "defaults": DEFAULTS,
@@ -119,13 +122,14 @@ def experiment(
     sweep_seeds: range,
     steps: int | None,
     pool: ProcessPoolExecutor,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Trains all that is missing; the comparison of the losses in each setting, and the rows of the sweep."""
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, str]]:
+    """Trains all that is missing; the comparison of the losses in each setting, the rows of the sweep, and when the
+    first and the last run were finished."""
     folder = options.runs / _digest(options.dataset, steps)
     folder.mkdir(parents=True, exist_ok=True)
 
     def train(runs: Iterable[Run], what: str) -> None:
-        train_all(list(runs), folder, pool, what)
+        train_all(list(runs), folder, options.device.type == "cpu", pool, what)
 
     def predictions(run: Run) -> dict[str, np.ndarray]:
         with np.load(folder / run.path) as arrays:
@@ -138,12 +142,12 @@ def experiment(
 
     train((cell_run(cell, rate, seed) for cell in cells for rate in grid for seed in grid_seeds), "learning rates")
 
-    def validation_accuracy(cell: tuple[str, str], learning_rate: float) -> float:
+    def validation_accuracy(cell: tuple[str, str], learning_rate: float) -> dict[str, Any]:
         runs = (predictions(cell_run(cell, learning_rate, seed)) for seed in grid_seeds)
-        return float(np.mean([correct(run, "validation").mean() for run in runs]))
+        return mean_interval([float(correct(run, "validation").mean()) for run in runs])
 
     validation = {cell: {rate: validation_accuracy(cell, rate) for rate in grid} for cell in cells}
-    best = {cell: max(validation[cell], key=validation[cell].get) for cell in cells}
+    best = {cell: max(grid, key=lambda rate, cell=cell: validation[cell][rate]["mean"]) for cell in cells}
     train((cell_run(cell, best[cell], seed) for cell in cells for seed in seeds), "seeds")
 
     settings = {}
@@ -178,31 +182,41 @@ def experiment(
             sensitivity.append(
                 {"constant": constant, "value": value, "groups": {key: mean_interval(of) for key, of in groups.items()}}
             )
-    return settings, sensitivity
+    times = sorted(path.stat().st_mtime for path in folder.glob("*.npz"))
+    ends = {"first": times[0], "last": times[-1]}
+    finished = {
+        name: datetime.fromtimestamp(end, timezone.utc).isoformat(timespec="seconds") for name, end in ends.items()
+    }
+    return settings, sensitivity, finished
 
 
 # --- training ----------------------------------------------------------------------------------------------------
 
 
 def _digest(dataset: str, steps: int | None) -> str:
-    """Names what a run depends on beside its own fields: pairs, model, training defaults and the package's version."""
+    """Names what a run depends on beside its own fields: pairs, model, settings, versions, and the code of the loss."""
+    import torch
+    import transformers
+
     built_in, tokenizer, _ = load(dataset, "mixed", 0)
     pairs = [built_in.pairs(split, 0) for split in ("train", "validation", "test")]
     config = built_in.make_model(tokenizer).config.to_json_string()
-    facts = (pairs, config, built_in.training_defaults, steps, normbt_kernels.__version__)
+    package = Path(normbt_kernels.__file__).parent
+    code = [path.read_text() for part in CODE for path in sorted(package.glob(part))]
+    facts = (pairs, config, built_in.training_defaults, steps, code, torch.__version__, transformers.__version__)
     return f"{dataset}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
-def train_all(runs: Sequence[Run], folder: Path, pool: ProcessPoolExecutor, what: str) -> None:
+def train_all(runs: Sequence[Run], folder: Path, use_cpu: bool, pool: ProcessPoolExecutor, what: str) -> None:
     """Has each run's predictions in `folder`, training those that are not there yet."""
     missing = [run for run in runs if not (folder / run.path).exists()]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=what, unit="run") as bar:
-        for done in as_completed([pool.submit(train_one, run, folder) for run in missing]):
+        for done in as_completed([pool.submit(train_one, run, folder, use_cpu) for run in missing]):
             done.result()
             bar.update()
 
 
-def train_one(run: Run, folder: Path) -> None:
+def train_one(run: Run, folder: Path, use_cpu: bool) -> None:
     """Trains, and writes fp32 rewards and distances of the validation and the test pairs, `(P,)` each."""
     import torch
     from transformers import PrinterCallback, TrainingArguments, set_seed
@@ -210,6 +224,7 @@ def train_one(run: Run, folder: Path) -> None:
 
     from normbt_kernels.integrations.transformers import NormBTTrainer
     from normbt_kernels.training.losses import loss_rows, make_loss
+    from normbt_kernels.training.run import one_device
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -220,10 +235,11 @@ def train_one(run: Run, folder: Path) -> None:
     if run.steps is not None:
         settings |= {"max_steps": run.steps, "warmup_steps": run.steps // 10}
     with tempfile.TemporaryDirectory() as scratch:
+        args = one_device(TrainingArguments(scratch, use_cpu=use_cpu, **settings))
         set_seed(run.seed)
         trainer = NormBTTrainer(
             built_in.make_model(tokenizer),
-            TrainingArguments(scratch, **settings),
+            args,
             train_dataset=loss_rows(run.loss, rows["train"]),
             processing_class=tokenizer,
             loss=make_loss(run.loss, TrainOptions(**constants)),
@@ -398,7 +414,7 @@ def draw(plt: Any, results: dict[str, Any]) -> Any:
         row[0].set_xlabel("test accuracy: mean, 95% interval, seeds", fontsize=8)
     for axis, (setting, of) in zip(axes[-1], settings.items(), strict=False):
         for loss, rates in of["learning_rates"].items():
-            values = {float(rate): accuracy for rate, accuracy in rates["validation_accuracy"].items()}
+            values = {float(rate): accuracy["mean"] for rate, accuracy in rates["validation_accuracy"].items()}
             axis.semilogx(list(values), list(values.values()), "o-", color=COLORS[loss], markersize=3)
         axis.set_xticks(list(values), [f"{rate * 1e4:g}" for rate in values])
         axis.minorticks_off()

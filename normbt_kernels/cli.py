@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the self-check failed; 2 something the user can put right,
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -35,7 +36,7 @@ Train a reward model with NormBT and the Hugging Face Trainer.
       minute on one CPU core. Downloads nothing. Writes to ./{DEMO_OUTPUT_DIR}, or to ./{DEMO_OUTPUT_DIR}-2, -3, ...
       where that exists.
   normbt train --dataset stdlib-faults
-      A harder one, of real text: functions of Python's standard library, and the same with a fault. Some ten
+      A harder one, of real text: functions of Python's standard library, and the same with a fault. Some five
       minutes on one CPU core.
   normbt train --model meta-llama/Llama-3.2-1B-Instruct --dataset trl-lib/ultrafeedback_binarized \\
       --output-dir runs/llama --bf16 --learning-rate 1e-5 --num-train-epochs 1
@@ -52,7 +53,8 @@ Every option of transformers.TrainingArguments is taken as well (--help-trainer 
   --bf16, --gradient-checkpointing     less memory
   --eval-strategy steps --eval-steps N evaluate while training; the held-out pairs are always judged at the end
   --save-strategy no|steps|epoch       checkpoints to resume from; the final model is always saved
-  --resume-from-checkpoint last        continue each loss from its last checkpoint, or from the folder given
+  --resume-from-checkpoint last        leave out each loss that is trained already, continue the others from their last
+                                       checkpoint if they have one; or the folder of a checkpoint
   --seed N                             default 42
 
 Written to the output folder: <loss>/ (model and tokenizer, for AutoModelForSequenceClassification.from_pretrained),
@@ -252,6 +254,8 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
         raise UserError("--model and --dataset go together; leave out both for the embedded default")
     if from_scratch is None and options.output_dir is None:
         raise UserError("--output-dir is required with --model")
+    if options.output_dir is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--output-dir is required where several processes train: they must all write to one folder")
     defaults = {"output_dir": options.output_dir or str(_free_folder(Path(DEMO_OUTPUT_DIR)))}
     args = _training_arguments(trainer_arguments, defaults | (from_scratch.training_defaults if from_scratch else {}))
     run.check_folders(args)
@@ -261,16 +265,17 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
 
 
 def _training_arguments(command_line: list[str], defaults: dict[str, Any]) -> TrainingArguments:
+    from normbt_kernels.training.run import one_device
+
     parser = _trainer_parser()
     parser.set_defaults(**defaults)
     try:
         (args,) = parser.parse_args_into_dataclasses(args=command_line)
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    if args.n_gpu > 1:  # Trainer would split each batch, pairs and all, over them in one process
+    if args.n_gpu > 1:
         print(f"using 1 of {args.n_gpu} GPUs; for all: torchrun --nproc-per-node {args.n_gpu} -m normbt_kernels train")
-        args._n_gpu = 1
-    return args
+    return one_device(args)
 
 
 def _trainer_parser() -> argparse.ArgumentParser:

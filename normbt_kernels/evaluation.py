@@ -5,8 +5,9 @@
     section   mean of its subsets, weighted by RewardBench's example counts
     overall   mean of the sections
 
-After RewardBench (arXiv:2403.13787) and `calculate_scores_per_section` of its package `rewardbench` 0.1.4, but for one
-thing: a section that has no pairs is left out here, and 0 there.
+After RewardBench (arXiv:2403.13787); with the same rewards, the sections are those of `calculate_scores_per_section` in
+its package `rewardbench` 0.1.4, but that a section without pairs is left out here, and 0 there. Pairs that are too long
+are left out too, and counted.
 """
 
 from __future__ import annotations

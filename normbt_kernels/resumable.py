@@ -74,11 +74,14 @@ def _begin(file: Any, header: bytes) -> list[Any]:
 
 
 def fingerprint(model: nn.Module, rows: Sequence[dict[str, Any]], *settings: Any) -> str:
-    """Names the work by what it depends on: every weight, all token ids and settings, whatever the files are called."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for parameter in model.parameters():
-        weights = torch.hash_tensor(parameter.detach().cpu()).item()
-        digest.update(f"{parameter.dtype} {parameter.requires_grad} {weights}".encode())
+    """Names the work by what it depends on: configuration, weights, buffers, token ids and settings, whatever the files
+    are called."""
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    config.pop("_name_or_path", None)
+    digest = hashlib.sha256(repr((settings, sorted(config.items()), torch.__version__)).encode())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     for row in rows:
         digest.update(repr([list(row["chosen_ids"]), list(row["rejected_ids"])]).encode())
     return digest.hexdigest()

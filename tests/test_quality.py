@@ -42,7 +42,8 @@ def test_it_reports_what_the_runs_predicted_and_resumes(experiment):
     for loss in ("bt", "normbt"):
         rates = mixed["learning_rates"][loss]
         chosen = rates["chosen"]
-        assert rates["validation_accuracy"][f"{chosen}"] == max(rates["validation_accuracy"].values())
+        accuracies = {float(rate): value["mean"] for rate, value in rates["validation_accuracy"].items()}
+        assert accuracies[chosen] == max(accuracies.values())
         for seed in (0, 1):
             with np.load(folder / f"mixed-{loss}-lr{chosen:g}-seed{seed}.npz") as run:
                 assert len(run["test_chosen"]) == len(run["validation_chosen"]) == 2000

@@ -73,7 +73,7 @@ def logged(trainer):
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def playground(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     hub_model, hub_data = folder / "Qwen" / "Qwen3-0.6B", folder / "trl-lib" / "ultrafeedback_binarized"
     make_model("qwen3", pad_token_id=None).save_pretrained(hub_model)
@@ -108,10 +108,10 @@ def make_tokenizer():
 
 
 @pytest.fixture
-def inside(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
+def inside(playground, monkeypatch):
+    monkeypatch.chdir(playground)
     monkeypatch.setenv("CI", "1")  # TRL then reports no usage
-    return workplace
+    return playground
 
 
 def launched(command, folder, **environment):
@@ -136,19 +136,19 @@ def launched(command, folder, **environment):
 
 
 @pytest.fixture(scope="module")
-def trained(workplace):
+def trained(playground):
     """The page of Trainer, run to its end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
+        patch.chdir(playground)
         return run("transformers")
 
 
-def test_transformers_page(trained, workplace):
+def test_transformers_page(trained, playground):
     trainer = trained["trainer"]
     assert promised_logs("transformers") <= logged(trainer)
     assert trainer.pair_loss.num_updates == trainer.state.global_step > 0
-    assert (workplace / "runs" / "qwen3" / "model.safetensors").is_file()
-    (checkpoint,) = (workplace / "runs" / "qwen3").glob("checkpoint-*")
+    assert (playground / "runs" / "qwen3" / "model.safetensors").is_file()
+    (checkpoint,) = (playground / "runs" / "qwen3").glob("checkpoint-*")
     assert torch.equal(torch.load(checkpoint / "normbt.pt")["mu"], trainer.pair_loss.mu)
 
 
@@ -178,12 +178,12 @@ def test_trl_page(inside, monkeypatch):
     assert extra == {"score.normbt.mu", "score.normbt.num_updates"}
 
 
-def test_trl_command_line_on_two_ranks_under_ddp_yaml(workplace):
+def test_trl_command_line_on_two_ranks_under_ddp_yaml(playground):
     (command,) = [block for block in blocks("trl", "bash") if "reward_normbt.py" in block]
-    out = launched(command.rstrip() + " --use_cpu --max_steps 2 --logging_steps 1 --report_to none", workplace)
+    out = launched(command.rstrip() + " --use_cpu --max_steps 2 --logging_steps 1 --report_to none", playground)
     assert "'mu':" in out
-    assert (workplace / "runs" / "qwen3-cli" / "checkpoint-2" / "rng_state_1.pth").is_file()  # there was a rank 1
-    assert (workplace / "runs" / "qwen3-cli" / "checkpoint-2" / "normbt.pt").is_file()
+    assert (playground / "runs" / "qwen3-cli" / "checkpoint-2" / "rng_state_1.pth").is_file()  # there was a rank 1
+    assert (playground / "runs" / "qwen3-cli" / "checkpoint-2" / "normbt.pt").is_file()
 
 
 def test_index_page_resumes_plain_bt_with_lora(tmp_path):
@@ -215,15 +215,15 @@ def test_index_page_resumes_plain_bt_with_lora(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml", "zero3.yaml"])
-def test_accelerate_reads_the_file(name, workplace, monkeypatch):
+def test_accelerate_reads_the_file(name, playground, monkeypatch):
     from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    arguments = launch_command_parser().parse_args(["--config_file", str(workplace / name), "train.py"])
+    arguments = launch_command_parser().parse_args(["--config_file", str(playground / name), "train.py"])
     arguments, defaults, _ = _validate_launch_command(arguments)
-    assert load_config_from_file(str(workplace / name)).num_processes == 2
+    assert load_config_from_file(str(playground / name)).num_processes == 2
     if name == "zero3.yaml":
         arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         _, environment = prepare_deepspeed_cmd_env(arguments)
@@ -242,24 +242,24 @@ def test_accelerate_reads_the_file(name, workplace, monkeypatch):
         assert arguments.multi_gpu
 
 
-def test_accelerate_reads_zero3_json(workplace):
+def test_accelerate_reads_zero3_json(playground):
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-    config = HfDeepSpeedConfig(str(workplace / "zero3.json"))
+    config = HfDeepSpeedConfig(str(playground / "zero3.json"))
     assert config.is_zero3()
     assert not config.is_offload()
     assert config.get_value("train_batch_size") == "auto"  # for Trainer to fill in
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_zero3_yaml_trains_on_two_ranks(workplace):
+def test_zero3_yaml_trains_on_two_ranks(playground):
     """With the line that a machine without GPUs needs, before the script of the Trainer page."""
     gloo = 'from accelerate import PartialState\n\nPartialState(backend="gloo")\n'
     state = 'accelerator_config={"use_configured_state": True},'
     script = blocks("transformers", "python")[0].replace('"runs/qwen3",', f'"runs/zero3",\n        {state}')
-    (workplace / "train_zero3.py").write_text(f"{gloo}{script}\nprint('fused:', trainer.fused)\n")
+    (playground / "train_zero3.py").write_text(f"{gloo}{script}\nprint('fused:', trainer.fused)\n")
     launcher = f"{sys.executable} -m accelerate.commands.launch --config_file zero3.yaml --mixed_precision no"
-    assert "fused: False" in launched(f"{launcher} train_zero3.py", workplace, DS_ACCELERATOR="cpu")
+    assert "fused: False" in launched(f"{launcher} train_zero3.py", playground, DS_ACCELERATOR="cpu")
 
 
 def test_axolotl_configuration_names_the_plugin_of_the_page():

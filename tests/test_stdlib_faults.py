@@ -52,7 +52,7 @@ def test_each_kind_of_fault_is_what_it_says():
     assert source.replace("if a <", "if b <") in versions["wrong variable"]
     assert len(versions["wrong variable"]) == 8  # each use of a or b
     assert set(versions) == set(KINDS)
-    assert faulty_versions("def f(self):\n    return") == {}
+    assert faulty_versions("def f(self):\n    return") == faulty_versions("def f(self):\n    return None") == {}
 
 
 def test_fine_pairs_differ_by_one_fault_and_still_parse(pairs):

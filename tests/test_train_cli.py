@@ -299,6 +299,7 @@ def test_row_numbers_are_line_numbers_despite_blank_lines(tmp_path):
         (["--dataset", "good.jsonl", "--beta", "2"], "--beta must be in [0, 1), got 2.0"),
         (["--dataset", "good.jsonl", "--label-smoothing", "1.5"], "--label-smoothing must be in [0, 1), got 1.5"),
         (["--dataset", "good.jsonl", "--label-smoothing", "0.1"], "choose one of them with --loss"),
+        (["--dataset", "good.jsonl", "--loss", "bt", "bt"], "--loss names a loss twice: bt bt"),
         (["--dataset", "good.jsonl", "--eps", "-1"], "--eps must be finite and >= 0, got -1.0"),
         (["--dataset", "good.jsonl", "--max-weight", "0"], "--max-weight must be greater than 0, got 0.0"),
         (["--dataset", "good.jsonl", "--loss", "bt", "bt-margin"], "--loss bt-margin needs pairs with the column"),
@@ -347,6 +348,35 @@ def test_a_mistake_shows_no_traceback(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_a_resumed_comparison_does_not_train_a_finished_loss_again(tmp_path, causal_lm, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = write_jsonl(tmp_path / "pairs.jsonl", text_rows(24))
+    common = ["train", "--model", causal_lm, "--dataset", data, "--output-dir", "out", "--max-steps", 2]
+    common += ["--save-strategy", "no", "--use-cpu"]
+    assert run_cli(*common, "--loss", "bt") == 0
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    weights = tmp_path / "out" / "bt" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+
+    resumed = [*common, "--loss", "bt", "normbt", "--resume-from-checkpoint", "last"]
+    assert run_cli(*resumed, "--learning-rate", 0.5) == 2
+    assert "was trained with learning_rate = 5e-05, not 0.5" in capsys.readouterr().err
+    assert run_cli(*resumed) == 0
+    assert "bt is trained already" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert weights.stat().st_mtime_ns == written
+    assert results["losses"]["bt"] == first["losses"]["bt"]
+    assert list(results["losses"]) == ["bt", "normbt"]
+    for before, now in zip(first["groups"], results["groups"], strict=True):
+        assert before["accuracy"]["bt"] == now["accuracy"]["bt"]
+
+
+def test_several_processes_need_a_folder(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_cli("train") == 2
+    assert "--output-dir is required where several processes train" in capsys.readouterr().err
+
+
 def test_interrupted_run_leaves_no_results(tmp_path):
     command = [sys.executable, "-m", "normbt_kernels", "train", "--output-dir", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -22,7 +22,7 @@ from normbt_kernels.training.built_in import EMBEDDED, STANDARD_LIBRARY, BuiltIn
 from normbt_kernels.training.losses import LinearBTLoss, loss_rows
 from normbt_kernels.training.models import load_model, load_tokenizer
 from normbt_kernels.training.preferences import load_preferences, num_tokens, tokenize
-from normbt_kernels.training.run import LossOnTheBar
+from normbt_kernels.training.run import LossOnTheBar, one_device
 
 SEED = 42
 FEW_STEPS = 200  # of BT: on the embedded pairs enough to learn the style, and too few to learn the arithmetic
@@ -106,7 +106,7 @@ def _half_trained(built_in: BuiltIn, tokenizer: PreTrainedTokenizerBase, device:
     with tempfile.TemporaryDirectory() as folder:
         trainer = NormBTTrainer(
             built_in.make_model(tokenizer),
-            TrainingArguments(folder, seed=SEED, use_cpu=device == "cpu", report_to="none", **args),
+            one_device(TrainingArguments(folder, seed=SEED, use_cpu=device == "cpu", report_to="none", **args)),
             train_dataset=loss_rows("bt", rows),
             processing_class=tokenizer,
             loss=LinearBTLoss(),

@@ -107,7 +107,7 @@ class NormBTRewardMixin(LossInCheckpoints):
         Raises:
             ValueError: they are not there.
         """
-        columns = set(dataset.column_names or next(iter(dataset)))
+        columns = set(dataset.column_names or next(iter(dataset), {}))
         if not any({f"chosen{kind}", f"rejected{kind}"} <= columns for kind in ("", "_ids", "_input_ids")):
             raise ValueError(
                 f"the {dataset_name} dataset needs the columns 'chosen' and 'rejected', text or messages (or token "

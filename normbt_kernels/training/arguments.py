@@ -101,6 +101,8 @@ def check_train_options(options: TrainOptions) -> None:
         if not fits:
             raise UserError(f"{_flag(name)} must be {expected}, got {value}")
     losses = options.loss or ()
+    if len(set(losses)) < len(losses):
+        raise UserError(f"--loss names a loss twice: {' '.join(losses)}")
     if options.label_smoothing is not None and not any(name.endswith("-smoothing") for name in losses):
         raise UserError("--label-smoothing is for bt-smoothing and normbt-smoothing: choose one of them with --loss")
 

@@ -15,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 
 from normbt_kernels.integrations.checkpoint import last_whole_checkpoint
 from normbt_kernels.integrations.transformers import NormBTTrainer
-from normbt_kernels.training import report
+from normbt_kernels.training import finished, report
 from normbt_kernels.training.arguments import STDLIB_FAULTS, TrainOptions, UserError
 from normbt_kernels.training.built_in import BuiltIn
 from normbt_kernels.training.losses import loss_rows, make_loss
 from normbt_kernels.training.models import load_model, load_tokenizer
 from normbt_kernels.training.preferences import Preference, load_preferences, tokenize
+
+FINISHED_NAME = "finished.npz"
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,31 @@ def check_folders(args: TrainingArguments) -> None:
         raise UserError(f"{args.output_dir} already holds {report.RESULTS_NAME}: choose another --output-dir")
 
 
+def one_device(args: TrainingArguments) -> TrainingArguments:
+    """`args` for this process to use one GPU of several: Trainer would split each batch, pairs and all, over them."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
 def run(job: Job, options: TrainOptions, args: TrainingArguments) -> None:
     """Trains with each loss into `args.output_dir`/<loss>, then writes the comparison beside them."""
     output_dir = Path(args.output_dir)
     print(f"{len(job.train_rows)} training pairs, {len(job.eval_rows)} held-out pairs, on {args.device}", flush=True)
     rows = {name: (loss_rows(name, job.train_rows), loss_rows(name, job.eval_rows)) for name in job.losses}
-    trained = {name: _train(name, *rows[name], job, options, args) for name in job.losses}
+    settings = finished.settings(options, args)
+    files = {name: output_dir / name / FINISHED_NAME for name in job.losses}
+    trained = {}
+    if args.resume_from_checkpoint == "last":
+        found = {name: finished.load(path, settings) for name, path in files.items()}
+        trained = {name: result for name, result in found.items() if result is not None}
+        for name in trained:
+            print(f"{name} is trained already")
+    for name in job.losses:
+        if name not in trained:
+            trained[name] = _train(name, *rows[name], job, options, args)
+            if args.process_index == 0:
+                finished.save(files[name], trained[name], settings)
+    trained = {name: trained[name] for name in job.losses}
     if args.process_index > 0:
         return
     results = report.compare(trained, job.eval_rows, job.model_name, job.dataset_name, args)

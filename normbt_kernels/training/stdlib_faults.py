@@ -52,15 +52,15 @@ SYMMETRIC = {"max", "min"}  # calls whose arguments may be swapped without harm
 
 # TrainingArguments of the embedded model, unless the command line says otherwise.
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "max_steps": 1500,
+    "max_steps": 600,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 50,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
-    "warmup_steps": 150,
-    "logging_steps": 50,
+    "warmup_steps": 60,
+    "logging_steps": 30,
     "eval_strategy": "steps",
-    "eval_steps": 300,
+    "eval_steps": 150,
     "save_strategy": "no",
     "dataloader_pin_memory": False,
 }
@@ -191,9 +191,13 @@ def faults(tree: ast.AST, rng: random.Random) -> Iterator[tuple[str, Callable[[]
                 yield "wrong variable", lambda node=node, other=other: setattr(node, "id", other)
         for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
             for i, statement in enumerate(block if isinstance(block, list) else ()):
-                if isinstance(statement, ast.Return) and statement.value is not None:
+                if isinstance(statement, ast.Return) and not _is_none(statement.value):
                     dropped = ast.Expr(statement.value)
                     yield "dropped return", lambda block=block, i=i, dropped=dropped: block.__setitem__(i, dropped)
+
+
+def _is_none(value: ast.expr | None) -> bool:
+    return value is None or (isinstance(value, ast.Constant) and value.value is None)
 
 
 def _swap(items: list[Any], i: int) -> None:
