@@ -61,7 +61,7 @@ def cells(row):
 
 
 def test_quality_figures_are_those_of_the_results():
-    settings = json.loads((ROOT / "bench/results/quality/quality.json").read_text())["settings"]
+    settings = results("quality/quality.json")["settings"]
     fine, coarse = "fine: one wrong token", "coarse: noisy style"
     rows = {
         "BT, all pairs": ("mixed", "all", "bt"),
@@ -83,7 +83,34 @@ def test_quality_figures_are_those_of_the_results():
             f"{found['mean']:+.3f} [{low:+.3f}, {high:+.3f}]",
             f"{found['p_value']:.3f}",
         ]
+
+
+def results(name):
+    return json.loads((ROOT / "bench/results" / name).read_text())
+
+
+def plus_minus(value):
+    return f"{value['mean']:.3f} ± {value['interval_95'][1] - value['mean']:.3f}"
+
+
+def test_accuracies_at_each_learning_rate_are_those_of_the_results():
+    rates = results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"]
     for name, loss in (("BT", "bt"), ("NormBT", "normbt")):
-        (line,) = [line for line in README.splitlines() if line.startswith(f"| {name} | 0.8")]
-        accuracies = settings["mixed"]["learning_rates"][loss]["validation_accuracy"]
-        assert cells(line)[1:] == [f"{accuracy['mean']:.3f}" for accuracy in accuracies.values()]
+        accuracies = rates[loss]["validation_accuracy"].values()
+        assert f"| {name} | {' | '.join(map(plus_minus, accuracies))} |" in README
+
+
+def test_accuracies_on_the_standard_library_are_those_of_the_results():
+    groups = results("quality-stdlib-faults/quality-stdlib-faults.json")["settings"]["mixed"]["groups"]
+    for name, group in groups.items():
+        if "third" not in name:
+            what = "all pairs of held-out modules" if name == "all" else name
+            quoted = " | ".join(plus_minus(group["accuracy"][loss]) for loss in ("bt", "normbt"))
+            assert f"| {what} | {quoted} | {group['difference'][0]['mean']:+.3f} [" in README
+    for loss in ("bt", "normbt"):
+        assert groups["all"]["accuracy"][loss]["interval_95"][0] > 0.5  # above chance
+
+
+def test_the_backbones_slope_is_that_of_the_results():
+    slope = results("diagnosis/diagnosis.json")["slopes"]["backbone"]["bt"]
+    assert f"to the power {slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]" in " ".join(README.split())
