@@ -93,8 +93,18 @@ def plus_minus(value):
     return f"{value['mean']:.3f} ± {value['interval_95'][1] - value['mean']:.3f}"
 
 
+def difference(row):
+    low, high = row["interval_95"]
+    return f"{row['mean']:+.3f} [{low:+.3f}, {high:+.3f}], p {row['p_value']:.3f}"
+
+
 def test_accuracies_at_each_learning_rate_are_those_of_the_results():
-    rates = results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"]
+    mixed = results("quality-rates/quality.json")["settings"]["mixed"]
+    words = " ".join(README.split())
+    for group in ("all", "fine: one wrong token", "coarse: noisy style"):
+        assert f"{group.partition(':')[0]} pairs {difference(mixed['groups'][group]['difference'][0])}" in words
+    rates = mixed["learning_rates"]
+    assert {rates[loss]["chosen"] for loss in ("bt", "normbt")} == {5e-4}
     for name, loss in (("BT", "bt"), ("NormBT", "normbt")):
         accuracies = rates[loss]["validation_accuracy"].values()
         assert f"| {name} | {' | '.join(map(plus_minus, accuracies))} |" in README
