@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.harness import print_table
-from normbt_kernels.resumable import write_whole
+from normbt_kernels.files import write_whole
 
 NOT_MEASURED = "not measured"
 PAIRS = 65536

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import normbt_kernels
-from normbt_kernels.resumable import write_whole
+from normbt_kernels.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -37,9 +37,10 @@ from tqdm import tqdm
 
 import normbt_kernels
 from bench.harness import Report, print_table
-from normbt_kernels.resumable import write_whole
-from normbt_kernels.training.arguments import LOSS_NAMES, STDLIB_FAULTS, TrainOptions
-from normbt_kernels.training.report import COLORS, LABELS
+from normbt_kernels.commands.arguments import LOSS_NAMES, TrainOptions
+from normbt_kernels.commands.train_report import COLORS, LABELS
+from normbt_kernels.data import STDLIB_FAULTS
+from normbt_kernels.files import write_whole
 
 SETTINGS = ("mixed", "fine-only")
 CONSTANTS = {
@@ -47,7 +48,7 @@ CONSTANTS = {
     "eps": (1e-6, 0.1, 1.0, 10.0),
     "max_weight": (1.0, 2.0, 5.0, 100.0),
 }
-CODE = ("modules.py", "functional.py", "ops/*.py", "training/losses.py", "integrations/transformers.py")
+CODE = ("modules.py", "functional.py", "ops/*.py", "commands/losses.py", "integrations/transformers.py")
 DEFAULTS = {"beta": 0.9, "eps": 1e-6, "max_weight": 100.0}
 
 
@@ -222,9 +223,9 @@ def train_one(run: Run, folder: Path, use_cpu: bool) -> None:
     from transformers import PrinterCallback, TrainingArguments, set_seed
     from transformers.utils import logging
 
+    from normbt_kernels.commands.losses import loss_rows, make_loss
+    from normbt_kernels.commands.train import one_device
     from normbt_kernels.integrations.transformers import NormBTTrainer
-    from normbt_kernels.training.losses import loss_rows, make_loss
-    from normbt_kernels.training.run import one_device
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -258,8 +259,8 @@ def train_one(run: Run, folder: Path, use_cpu: bool) -> None:
 @lru_cache(maxsize=2)
 def load(dataset: str, setting: str, seed: int) -> tuple[Any, Any, dict[str, list[dict[str, Any]]]]:
     """The data set, its tokenizer, and its tokenized pairs by split."""
-    from normbt_kernels.training.built_in import EMBEDDED, STANDARD_LIBRARY
-    from normbt_kernels.training.preferences import tokenize_pair
+    from normbt_kernels.data.built_in import EMBEDDED, STANDARD_LIBRARY
+    from normbt_kernels.data.preferences import tokenize_pair
 
     built_in = STANDARD_LIBRARY if dataset == STDLIB_FAULTS else EMBEDDED
     tokenizer = built_in.make_tokenizer()

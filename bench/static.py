@@ -46,9 +46,9 @@ from bench.ahead_of_time import TARGETS
 from bench.contenders import Case, Inputs, eager_normbt, ours, plain_bt
 from bench.harness import RESULTS, print_table
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, linear_normbt_loss, normbt_loss, pair_distance
+from normbt_kernels.files import write_whole
 from normbt_kernels.ops import backend
 from normbt_kernels.ops.pairs import RowPairs
-from normbt_kernels.resumable import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

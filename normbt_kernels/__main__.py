@@ -2,6 +2,6 @@
 
 import sys
 
-from normbt_kernels.cli import main
+from normbt_kernels.commands.cli import main
 
 sys.exit(main())

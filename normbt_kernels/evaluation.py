@@ -25,11 +25,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from normbt_kernels import __version__
-from normbt_kernels.integrations.transformers import PreferenceCollator
-from normbt_kernels.resumable import fingerprint, map_resumable, partial_path, write_whole
-from normbt_kernels.training import demo
-from normbt_kernels.training.arguments import UserError
-from normbt_kernels.training.preferences import (
+from normbt_kernels.data import demo
+from normbt_kernels.data.collator import PreferenceCollator
+from normbt_kernels.data.preferences import (
     Preference,
     first_line,
     load_preferences,
@@ -37,6 +35,9 @@ from normbt_kernels.training.preferences import (
     parse_row,
     tokenize,
 )
+from normbt_kernels.errors import UserError
+from normbt_kernels.files import write_whole
+from normbt_kernels.resumable import fingerprint, map_resumable, partial_path
 
 # The weight of each subset in its section: its number of pairs, but for math-prm, which has 447 and counts as much as
 # the six programming languages together.

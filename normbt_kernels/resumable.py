@@ -1,10 +1,9 @@
-"""Results on disk: kept as they come, so that a stopped run is continued, and written whole or not at all."""
+"""Results kept as they come, so that a stopped run is continued."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write` fill a temporary file beside `path`, then puts it in place: the whole file, or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # matplotlib goes by the suffix
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def partial_path(out: Path) -> Path:

@@ -13,7 +13,7 @@ import reference
 from bench import all as bench_all
 from bench import contenders, scaling, speed, timing, tune
 from bench.contenders import CONTENDERS, ENTRIES, Case, Inputs
-from normbt_kernels.resumable import write_whole
+from normbt_kernels.files import write_whole
 
 SIZE = ["-P", "4", "-H", "8"]
 # torch.compile without its C++ code, which takes a minute to compile

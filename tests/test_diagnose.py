@@ -15,13 +15,15 @@ pytest.importorskip("transformers")
 from torch.nn.functional import logsigmoid
 from transformers import LlamaForCausalLM
 
-from normbt_kernels import cli, linear_normbt_loss
-from normbt_kernels.diagnostics import Diagnosis, command, diagnose, measure
+from normbt_kernels import linear_normbt_loss
+from normbt_kernels.commands import cli
+from normbt_kernels.commands import diagnose as command
+from normbt_kernels.data import demo
+from normbt_kernels.data.built_in import EMBEDDED
+from normbt_kernels.data.preferences import tokenize
+from normbt_kernels.diagnostics import Diagnosis, diagnose, measure
 from normbt_kernels.diagnostics.diagnosis import slope_at_fixed_error
 from normbt_kernels.diagnostics.measure import spread_evenly
-from normbt_kernels.training import demo
-from normbt_kernels.training.built_in import EMBEDDED
-from normbt_kernels.training.preferences import tokenize
 from tests.tiny_classifiers import gradients, make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 

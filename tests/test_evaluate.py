@@ -16,11 +16,12 @@ pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from normbt_kernels import cli, evaluation
+from normbt_kernels import evaluation
+from normbt_kernels.commands import cli
+from normbt_kernels.data import demo
+from normbt_kernels.data.preferences import num_tokens, tokenize
 from normbt_kernels.evaluation import SECTIONS, accuracy, score_pairs, section_means
 from normbt_kernels.resumable import map_resumable
-from normbt_kernels.training import demo
-from normbt_kernels.training.preferences import num_tokens, tokenize
 from tests.tiny_classifiers import VOCABULARY, make_model
 
 WORDS = ["<pad>", "<eos>", "<unk>", "user", "assistant", ":", *(f"w{i}" for i in range(VOCABULARY - 6))]
@@ -405,7 +406,7 @@ def test_numbers_that_make_no_sense_are_refused(checkpoint, capsys, option, valu
 
 def test_help_names_every_option_and_imports_no_transformers(tmp_path):
     script = (
-        "import sys; from normbt_kernels.cli import main\n"
+        "import sys; from normbt_kernels.commands.cli import main\n"
         "try: main(['evaluate', '--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert 'transformers' not in sys.modules"

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from normbt_kernels import apply_normbt
-from normbt_kernels.cli import main
+from normbt_kernels.commands.cli import main
 from normbt_kernels.integrations.export import export_for_rewardbench
 from normbt_kernels.integrations.pooled_head import pool_head
 from normbt_kernels.integrations.transformers import NormBTTrainer

@@ -112,7 +112,7 @@ def test_runs_of_other_data_or_steps_are_kept_apart(monkeypatch):
     digest = quality._digest("embedded", None)
     assert digest != quality._digest("embedded", 10)
     assert digest == quality._digest("embedded", None)
-    from normbt_kernels.training import demo
+    from normbt_kernels.data import demo
 
     monkeypatch.setitem(demo.TRAINING_DEFAULTS, "warmup_steps", 7)
     assert digest != quality._digest("embedded", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from normbt_kernels import cli
+from normbt_kernels.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

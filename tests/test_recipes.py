@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-from normbt_kernels.cli import main
+from normbt_kernels.commands.cli import main
 from normbt_kernels.integrations.head import last_token
 from tests.tiny_classifiers import HIDDEN, PAD, VOCABULARY, make_batch, make_model
 from tests.tiny_pairs import EOS

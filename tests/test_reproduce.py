@@ -21,7 +21,7 @@ import datasets
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from normbt_kernels.cli import main
+from normbt_kernels.commands.cli import main
 from normbt_kernels.evaluation import SECTIONS
 from tests.tiny_classifiers import make_model
 

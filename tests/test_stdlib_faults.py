@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from normbt_kernels.training import stdlib_faults
-from normbt_kernels.training.preferences import load_preferences
-from normbt_kernels.training.run import user_job
-from normbt_kernels.training.stdlib_faults import faults, functions, split_pairs
+from normbt_kernels.commands.train import user_job
+from normbt_kernels.data import stdlib_faults
+from normbt_kernels.data.preferences import load_preferences
+from normbt_kernels.data.stdlib_faults import faults, functions, split_pairs
 
 SPLITS = ("train", "validation", "test")
 KINDS = ("operator", "off by one", "swapped arguments", "wrong variable", "dropped return")
@@ -95,7 +95,7 @@ def test_no_module_and_no_function_is_in_two_splits(pairs):
 
 PRINT_DIGEST = """
 import hashlib
-from normbt_kernels.training.stdlib_faults import functions, split_pairs, stdlib_tokenizer
+from normbt_kernels.data.stdlib_faults import functions, split_pairs, stdlib_tokenizer
 facts = functions(), split_pairs("test", 0), sorted(stdlib_tokenizer().get_vocab().items())
 print(hashlib.sha256(repr(facts).encode()).hexdigest())
 """
@@ -124,7 +124,7 @@ def test_the_tokenizer_is_trained_and_gives_back_what_it_reads(pairs):
 
 
 def test_a_users_model_is_judged_on_modules_it_was_not_trained_on(pairs, tmp_path):
-    from normbt_kernels.training.arguments import TrainOptions
+    from normbt_kernels.commands.arguments import TrainOptions
 
     tokenizer = stdlib_faults.stdlib_tokenizer()
     tokenizer.save_pretrained(tmp_path)
@@ -150,8 +150,8 @@ def test_train_needs_no_model_for_it(tmp_path):
 
 
 def test_diagnose_and_evaluate_take_it_by_name(tmp_path, monkeypatch, capsys):
-    from normbt_kernels import cli
-    from normbt_kernels.diagnostics import command
+    from normbt_kernels.commands import cli
+    from normbt_kernels.commands import diagnose as command
 
     monkeypatch.setattr(command, "FEW_STEPS", 2)
     arguments = ["--dataset", "stdlib-faults", "--batch-size", "50"]

@@ -14,10 +14,12 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from normbt_kernels import cli, selfcheck
-from normbt_kernels.training import demo, report
-from normbt_kernels.training.arguments import UserError
-from normbt_kernels.training.preferences import load_preferences, parse_row, tokenize
+from normbt_kernels import selfcheck
+from normbt_kernels.commands import cli
+from normbt_kernels.commands import train_report as report
+from normbt_kernels.data import demo
+from normbt_kernels.data.preferences import load_preferences, parse_row, tokenize
+from normbt_kernels.errors import UserError
 
 WORDS = ["add", "two", "four", "five", "six", "user", "assistant", ":", "<s>", "</s>", "<unk>"]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }} </s> {% endfor %}"
@@ -419,7 +421,7 @@ def test_numbers_that_are_not_finite_are_null_in_results(tmp_path, monkeypatch):
 
 def test_help_names_every_option_and_imports_no_transformers(tmp_path):
     script = (
-        "import sys; from normbt_kernels.cli import main\n"
+        "import sys; from normbt_kernels.commands.cli import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert 'transformers' not in sys.modules"
@@ -432,7 +434,8 @@ def test_help_names_every_option_and_imports_no_transformers(tmp_path):
 
 def test_missing_transformers_names_the_extra(tmp_path):
     script = (
-        "import sys; sys.modules['transformers'] = None\nfrom normbt_kernels.cli import main; sys.exit(main(['train']))"
+        "import sys; sys.modules['transformers'] = None\n"
+        "from normbt_kernels.commands.cli import main; sys.exit(main(['train']))"
     )
     process = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 2

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 
+from normbt_kernels.commands.arguments import LOSS_NAMES, TrainOptions
+from normbt_kernels.commands.losses import loss_rows, make_loss
+from normbt_kernels.data import demo
+from normbt_kernels.data.preferences import tokenize
+from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.transformers import PreferenceCollator
-from normbt_kernels.training import demo
-from normbt_kernels.training.arguments import LOSS_NAMES, TrainOptions, UserError
-from normbt_kernels.training.losses import loss_rows, make_loss
-from normbt_kernels.training.preferences import tokenize
 
 NUM_PAIRS, HIDDEN_SIZE = 8, 16
 

@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss
+from normbt_kernels.commands.losses import LinearBTLoss
 from normbt_kernels.integrations.head import find_head
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator, called_head, last_token
-from normbt_kernels.training.losses import LinearBTLoss
 from tests import tiny_classifiers
 
 VOCABULARY = 32

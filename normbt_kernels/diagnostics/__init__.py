@@ -14,7 +14,6 @@ that is a number: the slope of log gradient norm on log distance at a fixed erro
     measure.py      diagnose: reads distances, rewards and gradients off the model
     diagnosis.py    what they say: slopes, shares, the decomposition by error and distance
     report.py       the same as a table, a sentence and a figure
-    command.py      normbt diagnose
 """
 
 from normbt_kernels.diagnostics.diagnosis import Diagnosis, Slope

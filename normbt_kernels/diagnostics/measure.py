@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels import linear_normbt_loss
+from normbt_kernels.data.collator import PreferenceCollator
+from normbt_kernels.data.preferences import num_tokens, parse_row, tokenize_pair
 from normbt_kernels.diagnostics.diagnosis import Diagnosis
+from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.head import find_head, last_token
-from normbt_kernels.integrations.transformers import PreferenceCollator
 from normbt_kernels.resumable import fingerprint, map_resumable
-from normbt_kernels.training.arguments import UserError
-from normbt_kernels.training.preferences import num_tokens, parse_row, tokenize_pair
 
 
 def diagnose(

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss
+from normbt_kernels.commands.losses import LinearBTLoss
 from normbt_kernels.integrations.head import last_token
 from normbt_kernels.integrations.transformers import HeadRows, NormBTTrainer, PreferenceCollator
-from normbt_kernels.training.losses import LinearBTLoss
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 import reference
 from bench.graph_step import capture
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, pair_distance
+from normbt_kernels.files import write_whole
 from normbt_kernels.ops._triton import INTERPRETED
-from normbt_kernels.resumable import write_whole
 
 ON_GPU = DEVICE.type == "cuda"
 MODULES = {"linear": LinearNormBTLoss, "reward": NormBTLoss}

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm.auto import tqdm
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from normbt_kernels.training.models import new_llama
-from normbt_kernels.training.preferences import Preference
+from normbt_kernels.data.checkpoints import new_llama
+from normbt_kernels.data.preferences import Preference
 
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
 MAX_CHARACTERS = 300  # of a function

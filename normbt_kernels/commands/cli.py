@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normbt_kernels import __version__
-from normbt_kernels.training.arguments import (
-    STDLIB_FAULTS,
+from normbt_kernels.commands.arguments import (
     TrainOptions,
-    UserError,
     add_train_options,
     check_train_options,
     normalize_flags,
 )
+from normbt_kernels.data import STDLIB_FAULTS
+from normbt_kernels.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -241,7 +241,8 @@ def _positive(text: str) -> int:
 
 def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
     _check_extra()
-    from normbt_kernels.training import built_in, run
+    from normbt_kernels.commands import train as run
+    from normbt_kernels.data import built_in
 
     if arguments.help_trainer:
         _trainer_parser().print_help()
@@ -265,7 +266,7 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
 
 
 def _training_arguments(command_line: list[str], defaults: dict[str, Any]) -> TrainingArguments:
-    from normbt_kernels.training.run import one_device
+    from normbt_kernels.commands.train import one_device
 
     parser = _trainer_parser()
     parser.set_defaults(**defaults)
@@ -302,9 +303,9 @@ def _evaluate(arguments: argparse.Namespace, others: list[str]) -> int:
 
 def _diagnose(arguments: argparse.Namespace, others: list[str]) -> int:
     _check_extra()
-    from normbt_kernels.diagnostics import command
+    from normbt_kernels.commands import diagnose
 
-    command.run(**_checked_options(arguments))
+    diagnose.run(**_checked_options(arguments))
     return 0
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from transformers import TrainingArguments
 
-from normbt_kernels.resumable import write_whole
-from normbt_kernels.training.arguments import TrainOptions, UserError
-from normbt_kernels.training.report import Trained
+from normbt_kernels.commands.arguments import TrainOptions
+from normbt_kernels.commands.train_report import Trained
+from normbt_kernels.errors import UserError
+from normbt_kernels.files import write_whole
 
 ARRAYS = ("chosen_rewards", "rejected_rewards", "distance")
 # What may change between a run and the one that resumes it: where things go and how progress is shown.

@@ -19,7 +19,8 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from normbt_kernels.training.arguments import STDLIB_FAULTS, UserError
+from normbt_kernels.data import STDLIB_FAULTS
+from normbt_kernels.errors import UserError
 
 Text = str | list[dict[str, str]]  # plain text, or a conversation
 
@@ -53,7 +54,7 @@ def load_preferences(
         UserError: the source cannot be read, or a row is not a preference pair.
     """
     if source == STDLIB_FAULTS:
-        from normbt_kernels.training import stdlib_faults
+        from normbt_kernels.data import stdlib_faults
 
         return stdlib_faults.split_pairs(split if split in ("train", "validation") else "test", seed=0)
     path = Path(source)

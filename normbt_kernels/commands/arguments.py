@@ -8,19 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from normbt_kernels.data import STDLIB_FAULTS
+from normbt_kernels.errors import UserError
+
 # The names `--loss` takes; `losses.py` says what each one is.
 LOSS_NAMES = tuple(
     f"{base}{variant}" for base in ("bt", "normbt") for variant in ("", "-margin", "-margin-out", "-smoothing")
 )
 
 DEFAULT_SMOOTHING = 0.1
-
-# A data set that `--dataset` takes by name; `stdlib_faults.py` makes it.
-STDLIB_FAULTS = "stdlib-faults"
-
-
-class UserError(Exception):
-    """Something the user can put right. The message is one line that says what and where; no traceback follows."""
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:

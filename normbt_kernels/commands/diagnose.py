@@ -12,17 +12,19 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
 
 from normbt_kernels import __version__
+from normbt_kernels.commands.losses import LinearBTLoss, loss_rows
+from normbt_kernels.commands.train import LossOnTheBar, one_device
+from normbt_kernels.data import STDLIB_FAULTS
+from normbt_kernels.data.built_in import EMBEDDED, STANDARD_LIBRARY, BuiltIn
+from normbt_kernels.data.checkpoints import load_model, load_tokenizer
+from normbt_kernels.data.preferences import load_preferences, num_tokens, tokenize
 from normbt_kernels.diagnostics.measure import diagnose, partial_files
 from normbt_kernels.diagnostics.report import can_draw
+from normbt_kernels.errors import UserError
 from normbt_kernels.evaluation import demo_pairs
+from normbt_kernels.files import write_whole
 from normbt_kernels.integrations.transformers import NormBTTrainer
-from normbt_kernels.resumable import partial_path, write_whole
-from normbt_kernels.training.arguments import STDLIB_FAULTS, UserError
-from normbt_kernels.training.built_in import EMBEDDED, STANDARD_LIBRARY, BuiltIn
-from normbt_kernels.training.losses import LinearBTLoss, loss_rows
-from normbt_kernels.training.models import load_model, load_tokenizer
-from normbt_kernels.training.preferences import load_preferences, num_tokens, tokenize
-from normbt_kernels.training.run import LossOnTheBar, one_device
+from normbt_kernels.resumable import partial_path
 
 SEED = 42
 FEW_STEPS = 200  # of BT: on the embedded pairs enough to learn the style, and too few to learn the arithmetic

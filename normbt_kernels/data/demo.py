@@ -23,8 +23,8 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from normbt_kernels.training.models import new_llama
-from normbt_kernels.training.preferences import Preference
+from normbt_kernels.data.checkpoints import new_llama
+from normbt_kernels.data.preferences import Preference
 
 NUMBERS = range(50)
 STEPS = 2

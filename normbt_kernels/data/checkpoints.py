@@ -14,8 +14,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from normbt_kernels.training.arguments import UserError
-from normbt_kernels.training.preferences import first_line
+from normbt_kernels.data.preferences import first_line
+from normbt_kernels.errors import UserError
 
 PAD_TOKEN = "<|pad|>"
 

@@ -15,7 +15,7 @@ import transformers
 from transformers import TrainingArguments
 
 from normbt_kernels import __version__
-from normbt_kernels.resumable import write_whole
+from normbt_kernels.files import write_whole
 
 RESULTS_NAME = "results.json"
 FIGURE_NAME = "results.png"

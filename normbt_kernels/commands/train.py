@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
 
+from normbt_kernels.commands import finished
+from normbt_kernels.commands import train_report as report
+from normbt_kernels.commands.arguments import TrainOptions
+from normbt_kernels.commands.losses import loss_rows, make_loss
+from normbt_kernels.data import STDLIB_FAULTS
+from normbt_kernels.data.built_in import BuiltIn
+from normbt_kernels.data.checkpoints import load_model, load_tokenizer
+from normbt_kernels.data.preferences import Preference, load_preferences, tokenize
+from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.checkpoint import last_whole_checkpoint
 from normbt_kernels.integrations.transformers import NormBTTrainer
-from normbt_kernels.training import finished, report
-from normbt_kernels.training.arguments import STDLIB_FAULTS, TrainOptions, UserError
-from normbt_kernels.training.built_in import BuiltIn
-from normbt_kernels.training.losses import loss_rows, make_loss
-from normbt_kernels.training.models import load_model, load_tokenizer
-from normbt_kernels.training.preferences import Preference, load_preferences, tokenize
 
 FINISHED_NAME = "finished.npz"
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from normbt_kernels.training import demo, stdlib_faults
-from normbt_kernels.training.arguments import STDLIB_FAULTS
-from normbt_kernels.training.preferences import Preference
+from normbt_kernels.data import STDLIB_FAULTS, demo, stdlib_faults
+from normbt_kernels.data.preferences import Preference
 
 
 @dataclass(frozen=True)

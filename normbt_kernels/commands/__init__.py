@@ -1,0 +1,1 @@
+"""The command line `normbt`: train, evaluate, diagnose, export and info."""
