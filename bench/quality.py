@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -42,6 +42,9 @@ from normbt_kernels.commands.train_report import COLORS, LABELS
 from normbt_kernels.data import STDLIB_FAULTS
 from normbt_kernels.files import write_whole
 
+if TYPE_CHECKING:
+    from normbt_kernels.data.built_in import BuiltIn
+
 SETTINGS = ("mixed", "fine-only")
 CONSTANTS = {
     "beta": (0.0, 0.5, 0.9, 0.99),
@@ -49,7 +52,7 @@ CONSTANTS = {
     "max_weight": (1.0, 2.0, 5.0, 100.0),
 }
 CODE = ("modules.py", "functional.py", "ops/*.py", "commands/losses.py", "integrations/transformers.py")
-DEFAULTS = {"beta": 0.9, "eps": 1e-6, "max_weight": 100.0}
+DEFAULTS = {name: getattr(TrainOptions(), name) for name in CONSTANTS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -199,9 +202,9 @@ def _digest(dataset: str, steps: int | None) -> str:
     import torch
     import transformers
 
-    built_in, tokenizer, _ = load(dataset, "mixed", 0)
+    built_in = built_in_of(dataset)
     pairs = [built_in.pairs(split, 0) for split in ("train", "validation", "test")]
-    config = built_in.make_model(tokenizer).config.to_json_string()
+    config = built_in.make_model(built_in.make_tokenizer()).config.to_json_string()
     package = Path(normbt_kernels.__file__).parent
     code = [path.read_text() for part in CODE for path in sorted(package.glob(part))]
     facts = (pairs, config, built_in.training_defaults, steps, code, torch.__version__, transformers.__version__)
@@ -256,13 +259,18 @@ def train_one(run: Run, folder: Path, use_cpu: bool) -> None:
     write_whole(folder / run.path, lambda path: np.savez_compressed(path, **arrays))
 
 
+def built_in_of(dataset: str) -> BuiltIn:
+    from normbt_kernels.data.built_in import find_built_in
+
+    return find_built_in(None if dataset == "embedded" else dataset)
+
+
 @lru_cache(maxsize=2)
 def load(dataset: str, setting: str, seed: int) -> tuple[Any, Any, dict[str, list[dict[str, Any]]]]:
     """The data set, its tokenizer, and its tokenized pairs by split."""
-    from normbt_kernels.data.built_in import EMBEDDED, STANDARD_LIBRARY
     from normbt_kernels.data.preferences import tokenize_pair
 
-    built_in = STANDARD_LIBRARY if dataset == STDLIB_FAULTS else EMBEDDED
+    built_in = built_in_of(dataset)
     tokenizer = built_in.make_tokenizer()
     rows = {}
     for split in ("train", "validation", "test"):

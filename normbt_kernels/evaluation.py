@@ -12,7 +12,6 @@ are left out too, and counted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from normbt_kernels import __version__
+from normbt_kernels._version import versions
 from normbt_kernels.data import demo
 from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.preferences import (
@@ -36,7 +34,7 @@ from normbt_kernels.data.preferences import (
     tokenize,
 )
 from normbt_kernels.errors import UserError
-from normbt_kernels.files import write_whole
+from normbt_kernels.files import write_json
 from normbt_kernels.resumable import fingerprint, map_resumable, partial_path
 
 # The weight of each subset in its section: its number of pairs, but for math-prm, which has 447 and counts as much as
@@ -190,7 +188,7 @@ def score_pairs(
         return model(**inputs).logits.float().squeeze(-1).tolist()
 
     model.eval()
-    name = fingerprint(model, rows, batch_size)
+    name = None if partial is None else fingerprint(model, rows, batch_size)
     rewards = np.empty((2, len(rows)), dtype=np.float32)
     for batch, scored in zip(batches, map_resumable(score, batches, partial, name, "scoring"), strict=True):
         rewards[:, batch] = np.reshape(scored, (2, len(batch)))
@@ -237,14 +235,10 @@ def run(
         "num_left_out": len(pairs) - len(rows),
         "max_length": limit if len(rows) < len(pairs) else None,
         **summary(result),
-        "versions": {
-            "normbt-kernels": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }
     if out is not None:
-        write_whole(out, lambda path: path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8"))
+        write_json(out, report)
         partial.unlink()
     print(table(report))
     if out is not None:

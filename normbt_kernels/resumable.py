@@ -22,13 +22,14 @@ def map_resumable(
     work: Callable[[Sequence[int]], Any],
     chunks: Sequence[Sequence[int]],
     path: Path | None,
-    name: str,
+    name: str | None,
     description: str,
 ) -> list[Any]:
     """`[work(chunk) for chunk in chunks]` with a progress bar; a chunk holds numbers of pairs, a result is JSON.
 
     Each result is written to `path` when it is there. A file that an earlier call left there is continued if its
-    fingerprint `name` is the same, and begun anew if it is another. With `path` None nothing is kept.
+    fingerprint `name` is the same, and begun anew if it is another. With `path` None nothing is kept and `name` is not
+    needed.
     """
     with tqdm(total=sum(map(len, chunks)), desc=description, unit=" pairs", leave=False) as bar:
         if path is None:

@@ -20,7 +20,6 @@ from normbt_kernels.commands.arguments import (
     check_train_options,
     normalize_flags,
 )
-from normbt_kernels.data import STDLIB_FAULTS
 from normbt_kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -242,15 +241,14 @@ def _positive(text: str) -> int:
 def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
     _check_extra()
     from normbt_kernels.commands import train as run
-    from normbt_kernels.data import built_in
+    from normbt_kernels.data.built_in import find_built_in
 
     if arguments.help_trainer:
         _trainer_parser().print_help()
         return 0
     options = TrainOptions(**{option.name: getattr(arguments, option.name) for option in fields(TrainOptions)})
     check_train_options(options)
-    built_ins = {None: built_in.EMBEDDED, STDLIB_FAULTS: built_in.STANDARD_LIBRARY}
-    from_scratch = built_ins.get(options.dataset) if options.model is None else None
+    from_scratch = find_built_in(options.dataset) if options.model is None else None
     if from_scratch is None and None in (options.model, options.dataset):
         raise UserError("--model and --dataset go together; leave out both for the embedded default")
     if from_scratch is None and options.output_dir is None:

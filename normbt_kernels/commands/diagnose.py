@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
 
-from normbt_kernels import __version__
+from normbt_kernels._version import versions
 from normbt_kernels.commands.losses import LinearBTLoss, loss_rows
 from normbt_kernels.commands.train import LossOnTheBar, one_device
-from normbt_kernels.data import STDLIB_FAULTS
-from normbt_kernels.data.built_in import EMBEDDED, STANDARD_LIBRARY, BuiltIn
+from normbt_kernels.data.built_in import EMBEDDED, BuiltIn, find_built_in
 from normbt_kernels.data.checkpoints import load_model, load_tokenizer
 from normbt_kernels.data.preferences import load_preferences, num_tokens, tokenize
 from normbt_kernels.diagnostics.measure import diagnose, partial_files
 from normbt_kernels.diagnostics.report import can_draw
 from normbt_kernels.errors import UserError
 from normbt_kernels.evaluation import demo_pairs
-from normbt_kernels.files import write_whole
+from normbt_kernels.files import write_json, write_whole
 from normbt_kernels.integrations.transformers import NormBTTrainer
 from normbt_kernels.resumable import partial_path
 
@@ -47,7 +44,7 @@ def run(
     Raises:
         UserError: the model or the data cannot be read, or do not fit together.
     """
-    from_scratch = {None: EMBEDDED, STDLIB_FAULTS: STANDARD_LIBRARY}.get(dataset) if model is None else None
+    from_scratch = find_built_in(dataset) if model is None else None
     if model is None and from_scratch is None:
         raise UserError("--dataset needs a --model; leave out both for the embedded default")
     tokenizer = load_tokenizer(model) if from_scratch is None else from_scratch.make_tokenizer()
@@ -83,17 +80,13 @@ def run(
         "dataset": dataset or EMBEDDED.name,
         "dtype": str(classifier.dtype).removeprefix("torch."),
         **diagnosis.summary(),
-        "versions": {
-            "normbt-kernels": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }
     written = [out]
     if can_draw():
         written.append(out.with_suffix(".png"))
         write_whole(written[-1], diagnosis.plot)
-    write_whole(out, lambda path: path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8"))
+    write_json(out, report)
     for path in partial_files(partial):
         path.unlink()
     print(f"{report['model']}, {report['dataset']}\n{diagnosis}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from transformers import TrainingArguments
 
-from normbt_kernels import __version__
-from normbt_kernels.files import write_whole
+from normbt_kernels._version import versions
+from normbt_kernels.files import write_json, write_whole
 
 RESULTS_NAME = "results.json"
 FIGURE_NAME = "results.png"
@@ -64,11 +61,7 @@ def compare(
     reference = next(iter(trained))
     groups = _groups(rows, trained[reference].distance)
     return {
-        "versions": {
-            "normbt-kernels": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "model": model,
         "dataset": dataset,
         "device": str(args.device),
@@ -145,8 +138,7 @@ def write(results: dict[str, Any], output_dir: Path) -> list[Path]:
         write_whole(figure, lambda path: draw(results, path))
         written.append(figure)
     path = output_dir / RESULTS_NAME
-    text = json.dumps(_plain(results), indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(path, _plain(results))
     return [*written, path]
 
 

@@ -42,3 +42,8 @@ STANDARD_LIBRARY = BuiltIn(
     make_model=stdlib_faults.stdlib_model,
     training_defaults=stdlib_faults.TRAINING_DEFAULTS,
 )
+
+
+def find_built_in(dataset: str | None) -> BuiltIn | None:
+    """What `--dataset` means without a model: the embedded default if left out, None for data of the user's."""
+    return {None: EMBEDDED, STDLIB_FAULTS: STANDARD_LIBRARY}.get(dataset)

@@ -80,7 +80,7 @@ def diagnose(
     num_left_out, rows = len(rows) - len(short), [rows[i] for i in short]
 
     probe = _Probe(model, head, PreferenceCollator(tokenizer), rows)
-    name = fingerprint(model, rows, batch_size)
+    name = None if partial is None else fingerprint(model, rows, batch_size)
     kept_rewards, kept_gradients = (None, None) if partial is None else partial_files(partial)
     with _evaluating(model):
         batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]

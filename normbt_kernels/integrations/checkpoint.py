@@ -14,6 +14,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from normbt_kernels.files import write_whole
+
 logger = logging.get_logger(__name__)
 
 LOSS_STATE_NAME = "normbt.pt"
@@ -49,10 +51,7 @@ class LossInCheckpoints:
         super()._save_optimizer_and_scheduler(output_dir)
         state = self.pair_loss.state_dict()
         if self.args.should_save and state:
-            path = Path(output_dir, LOSS_STATE_NAME)
-            temporary = path.with_name(f".{LOSS_STATE_NAME}.tmp")
-            torch.save(state, temporary)
-            os.replace(temporary, path)
+            write_whole(Path(output_dir, LOSS_STATE_NAME), lambda path: torch.save(state, path))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -54,6 +54,26 @@ def find_owner(model: nn.Module, head: nn.Module) -> nn.Module | None:
     return None
 
 
+def refuse_fused_liger(args: Any) -> None:
+    """
+    Raises:
+        ValueError: `args`, TrainingArguments, have Liger replace the forward that calls the head.
+    """
+    if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+        raise ValueError(
+            "use_liger_kernel=True replaces the model's forward by that of a language model, which needs an lm_head: "
+            "pass liger_kernel_config={'fused_linear_cross_entropy': False} to keep Liger's other kernels"
+        )
+
+
+def frozen_head_warning(name: str) -> str:
+    """What to tell whoever trains with the head `name` frozen."""
+    return (
+        "the scalar head is frozen and will not be trained; with peft, pass task_type='SEQ_CLS' or "
+        f"modules_to_save=[{name!r}] in LoraConfig"
+    )
+
+
 def last_token(is_token: Tensor) -> Tensor:
     """Position of the last real token of each sequence, `(N, S)` mask -> `(N,)` int64, for padding on either side."""
     positions = torch.arange(is_token.shape[1], device=is_token.device)

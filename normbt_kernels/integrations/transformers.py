@@ -25,7 +25,13 @@ from normbt_kernels.data.preferences import tokenize_dataset
 from normbt_kernels.errors import UserError
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import find_head, find_owner, last_token
+from normbt_kernels.integrations.head import (
+    find_head,
+    find_owner,
+    frozen_head_warning,
+    last_token,
+    refuse_fused_liger,
+)
 from normbt_kernels.integrations.pooled_head import pool_head
 from normbt_kernels.modules import DistanceEMA
 
@@ -121,10 +127,7 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
         self.args.logging_nan_inf_filter = False
         self.accelerator.dataloader_config.dispatch_batches = False
         if not any(parameter.requires_grad for parameter in head.parameters()):
-            logger.warning(
-                "the scalar head is frozen and will not be trained; with peft, pass task_type='SEQ_CLS' or "
-                f"modules_to_save=[{head_name!r}] in LoraConfig"
-            )
+            logger.warning(frozen_head_warning(head_name))
         if isinstance(data_collator, PreferenceCollator):
             tokenizer = data_collator.tokenizer
             _align_padding(model, tokenizer)
@@ -282,11 +285,7 @@ def _check_arguments(args: TrainingArguments) -> None:
             f"{args.n_gpu} GPUs in one process: start one process per GPU (torchrun or accelerate launch), "
             "or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
         )
-    if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
-        raise ValueError(
-            "use_liger_kernel=True replaces the model's forward by that of a language model, which needs an lm_head: "
-            "pass liger_kernel_config={'fused_linear_cross_entropy': False} to keep Liger's other kernels"
-        )
+    refuse_fused_liger(args)
 
 
 def _align_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

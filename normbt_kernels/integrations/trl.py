@@ -21,7 +21,7 @@ from trl import RewardTrainer
 
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import HeadInput, find_head, last_token
+from normbt_kernels.integrations.head import HeadInput, find_head, frozen_head_warning, last_token, refuse_fused_liger
 from normbt_kernels.modules import NormBTLoss
 
 logger = logging.get_logger(__name__)
@@ -79,18 +79,11 @@ class NormBTRewardMixin(LossInCheckpoints):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if self.args.use_liger_kernel and (self.args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
-            raise ValueError(
-                "use_liger_kernel=True replaces the model's forward by that of a language model, which needs an "
-                "lm_head: pass liger_kernel_config={'fused_linear_cross_entropy': False} to keep Liger's other kernels"
-            )
+        refuse_fused_liger(self.args)
         self.head_path, head = _scalar_head(self.model)
         adapted = self.model.get_submodule(self.head_path.removesuffix(".base_layer"))
         if not any(parameter.requires_grad for parameter in adapted.parameters()):
-            logger.warning(
-                "the scalar head is frozen and will not be trained; with peft, pass task_type='SEQ_CLS' or "
-                f"modules_to_save=[{self.head_path.rpartition('.')[2]!r}] in LoraConfig"
-            )
+            logger.warning(frozen_head_warning(self.head_path.rpartition(".")[2]))
         self.head_input = HeadInput(head)
         self.pair_loss = NormBTLoss(
             beta,
