@@ -23,6 +23,7 @@ static: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from normbt_kernels import evaluation
-from normbt_kernels.commands import cli
+from normbt_kernels.commands import cli, evaluate
 from normbt_kernels.data import demo
 from normbt_kernels.data.preferences import num_tokens, tokenize
 from normbt_kernels.evaluation import SECTIONS, accuracy, score_pairs, section_means
@@ -378,7 +378,7 @@ def test_mistakes_are_said_in_one_line_before_anything_is_scored(
     tmp_path, checkpoint, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "_load_classifier", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluate, "_load_classifier", lambda *args: pytest.fail("the model was loaded"))
     write_jsonl(tmp_path / "good.jsonl", [GOOD])
     assert run_cli(checkpoint, *arguments) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("normbt: error: ")]

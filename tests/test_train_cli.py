@@ -14,8 +14,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from normbt_kernels import selfcheck
-from normbt_kernels.commands import cli
+from normbt_kernels.commands import cli, info
 from normbt_kernels.commands import train_report as report
 from normbt_kernels.data import demo
 from normbt_kernels.data.preferences import load_preferences, parse_row, tokenize
@@ -455,12 +454,12 @@ def test_info_checks_the_loss_in_ten_seconds(tmp_path):
 )
 def test_info_fails_when_an_entry_point_is_wrong(monkeypatch, capsys, entry):
     if entry[0].isupper():
-        original = getattr(selfcheck, entry)
+        original = getattr(info, entry)
         wrong = type(entry, (original,), {"forward": lambda self, *a, **k: original.forward(self, *a, **k) * 1.001})
     else:
-        original = getattr(selfcheck, entry)
+        original = getattr(info, entry)
         wrong = lambda *args, **kwargs: original(*args, **kwargs) * 1.001  # noqa: E731
-    monkeypatch.setattr(selfcheck, entry, wrong)
+    monkeypatch.setattr(info, entry, wrong)
     assert run_cli("info") == 1
     assert f"{entry} on cpu: expected" in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normbt_kernels import __version__
+from normbt_kernels._version import __version__
 from normbt_kernels.commands.arguments import (
     TrainOptions,
     add_train_options,
@@ -293,9 +293,9 @@ def _free_folder(first: Path) -> Path:
 
 def _evaluate(arguments: argparse.Namespace, others: list[str]) -> int:
     _check_extra()
-    from normbt_kernels import evaluation
+    from normbt_kernels.commands import evaluate
 
-    evaluation.run(**_checked_options(arguments))
+    evaluate.run(**_checked_options(arguments))
     return 0
 
 
@@ -339,16 +339,14 @@ def _export(arguments: argparse.Namespace, others: list[str]) -> int:
         export_for_rewardbench(arguments.checkpoint, arguments.tokenizer or arguments.checkpoint, arguments.output_dir)
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install 'normbt-kernels[trl]'") from error
-    except (OSError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
     print(f"written: {arguments.output_dir}")
     return 0
 
 
 def _info(arguments: argparse.Namespace, others: list[str]) -> int:
-    from normbt_kernels import selfcheck
+    from normbt_kernels.commands import info
 
-    print(selfcheck.environment())
-    failures = selfcheck.run()
+    print(info.environment())
+    failures = info.run()
     print("self-check: " + ("passed" if not failures else "FAILED\n  " + "\n  ".join(failures)))
     return 1 if failures else 0

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
 
 from normbt_kernels._version import versions
+from normbt_kernels.commands.evaluate import demo_pairs
 from normbt_kernels.commands.losses import LinearBTLoss, loss_rows
 from normbt_kernels.commands.train import LossOnTheBar, one_device
 from normbt_kernels.data.built_in import EMBEDDED, BuiltIn, find_built_in
@@ -18,7 +19,6 @@ from normbt_kernels.data.preferences import load_preferences, num_tokens, tokeni
 from normbt_kernels.diagnostics.measure import diagnose, partial_files
 from normbt_kernels.diagnostics.report import can_draw
 from normbt_kernels.errors import UserError
-from normbt_kernels.evaluation import demo_pairs
 from normbt_kernels.files import write_json, write_whole
 from normbt_kernels.integrations.transformers import NormBTTrainer
 from normbt_kernels.resumable import partial_path
@@ -63,18 +63,15 @@ def run(
         classifier = load_model(model, tokenizer, dtype)
 
     partial = partial_path(out)
-    try:
-        diagnosis = diagnose(
-            classifier.to(device),
-            tokenizer,
-            rows,
-            num_gradients=num_gradients,
-            batch_size=batch_size,
-            max_length=limit,
-            partial=partial,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    diagnosis = diagnose(
+        classifier.to(device),
+        tokenizer,
+        rows,
+        num_gradients=num_gradients,
+        batch_size=batch_size,
+        max_length=limit,
+        partial=partial,
+    )
     report = {
         "model": model or f"{from_scratch.model_name} after {FEW_STEPS} steps of BT",
         "dataset": dataset or EMBEDDED.name,

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normbt_kernels import LinearNormBTLoss, linear_normbt_loss
 from normbt_kernels.commands.arguments import DEFAULT_SMOOTHING, TrainOptions
 from normbt_kernels.errors import UserError
+from normbt_kernels.functional import linear_normbt_loss
+from normbt_kernels.modules import LinearNormBTLoss
 
 # min(mu / (rho + eps), 1) is 1 for every distance that a model can produce.
 _HUGE = 1e30

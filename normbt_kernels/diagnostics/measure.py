@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from normbt_kernels import linear_normbt_loss
 from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.preferences import num_tokens, parse_row, tokenize_pair
 from normbt_kernels.diagnostics.diagnosis import Diagnosis
 from normbt_kernels.errors import UserError
+from normbt_kernels.functional import linear_normbt_loss
 from normbt_kernels.integrations.head import find_head, last_token
 from normbt_kernels.resumable import fingerprint, map_resumable
 
@@ -65,18 +65,18 @@ def diagnose(
             enough; a reward or distance is not finite (naming the pair); all distances are 0, or all gradients.
     """
     if num_gradients < 1 or batch_size < 1:
-        raise ValueError(f"num_gradients and batch_size must be at least 1, got {num_gradients} and {batch_size}")
+        raise UserError(f"num_gradients and batch_size must be at least 1, got {num_gradients} and {batch_size}")
     if not eps > 0 or not (max_weight is None or max_weight > 0):
-        raise ValueError(f"eps and max_weight must be above 0, got {eps} and {max_weight}")
+        raise UserError(f"eps and max_weight must be above 0, got {eps} and {max_weight}")
     head = find_head(model)
     of_head = set(head.parameters())
     backbone = [weight for weight in model.parameters() if weight.requires_grad and weight not in of_head]
     if not backbone:
-        raise ValueError("every weight but the head's is frozen: there is no backbone gradient to measure")
+        raise UserError("every weight but the head's is frozen: there is no backbone gradient to measure")
     rows = _token_ids(pairs, tokenizer)
     short = [i for i, row in enumerate(rows) if max_length is None or num_tokens(row) <= max_length]
     if not short:
-        raise ValueError(f"none of {len(rows)} pairs has at most {max_length} tokens" if rows else "there are no pairs")
+        raise UserError(f"none of {len(rows)} pairs has at most {max_length} tokens" if rows else "there are no pairs")
     num_left_out, rows = len(rows) - len(short), [rows[i] for i in short]
 
     probe = _Probe(model, head, PreferenceCollator(tokenizer), rows)
@@ -88,9 +88,9 @@ def diagnose(
         chosen, rejected, distance = np.concatenate([np.array(batch) for batch in read], axis=1)
         finite = np.isfinite(chosen - rejected) & np.isfinite(distance)
         if not finite.all():
-            raise ValueError(f"the reward or distance of pair {short[finite.argmin()] + 1} is not finite")
+            raise UserError(f"the reward or distance of pair {short[finite.argmin()] + 1} is not finite")
         if not distance.any():
-            raise ValueError("chosen and rejected have the same hidden state in every pair: there is no distance")
+            raise UserError("chosen and rejected have the same hidden state in every pair: there is no distance")
         sample = spread_evenly(distance, num_gradients)
 
         def sensitivity(pair: Sequence[int]) -> float:
@@ -100,7 +100,7 @@ def diagnose(
         name = f"{name} {num_gradients}"
         norms = np.array(map_resumable(sensitivity, one_by_one, kept_gradients, name, "backbone gradients"))
     if not norms.any():
-        raise ValueError("no weight of the backbone that is trained changes a reward: there is no gradient to measure")
+        raise UserError("no weight of the backbone that is trained changes a reward: there is no gradient to measure")
     return Diagnosis(
         difference=chosen - rejected,
         distance=distance,
@@ -121,13 +121,10 @@ def partial_files(partial: Path) -> tuple[Path, Path]:
 
 
 def _token_ids(pairs: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Mapping[str, Any]]:
-    try:
-        return [
-            row if "chosen_ids" in row else tokenize_pair(parse_row(dict(row), f"pairs, row {number}"), tokenizer)
-            for number, row in enumerate(pairs, start=1)
-        ]
-    except UserError as error:
-        raise ValueError(str(error)) from error
+    return [
+        row if "chosen_ids" in row else tokenize_pair(parse_row(dict(row), f"pairs, row {number}"), tokenizer)
+        for number, row in enumerate(pairs, start=1)
+    ]
 
 
 def spread_evenly(distance: np.ndarray, num_sampled: int) -> np.ndarray:
@@ -184,7 +181,7 @@ class _Probe:
         finally:
             hook.remove()
         if len(seen) != 1:
-            raise ValueError(f"{type(self.model).__name__} called its scalar head {len(seen)} times in one forward")
+            raise UserError(f"{type(self.model).__name__} called its scalar head {len(seen)} times in one forward")
         hidden = seen[0]
         if hidden.dim() == 3:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last_token(mask)]

@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file, logging
 
+from normbt_kernels.errors import UserError
 from normbt_kernels.modules import DistanceEMA
 
 logger = logging.get_logger(__name__)
@@ -63,7 +64,7 @@ def export_for_rewardbench(
     """
     output_dir = Path(output_dir).absolute()
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir} exists and is not an empty folder: an export overwrites nothing")
+        raise UserError(f"{output_dir} exists and is not an empty folder: an export overwrites nothing")
     tokenizer = _checked_tokenizer(tokenizer)
     model = _whole_classifier(model, tokenizer)
 
@@ -89,16 +90,16 @@ def _checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         except (OSError, ValueError) as error:
-            raise ValueError(f"no tokenizer can be loaded from {tokenizer}: {error}") from error
+            raise UserError(f"no tokenizer can be loaded from {tokenizer}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer must be a folder, a hub id or a tokenizer, got {type(tokenizer).__name__}")
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise UserError(
             "the tokenizer has no chat template, by which rewardbench lays out its conversations: set "
             "tokenizer.chat_template to the one that the training texts followed"
         )
     if tokenizer.pad_token is None:
-        raise ValueError(
+        raise UserError(
             "the tokenizer has no pad token, by which a classifier finds the last token of each sequence: set "
             "tokenizer.pad_token to the one that the model was trained with"
         )
@@ -125,7 +126,7 @@ def _whole_classifier(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrai
             f"got {type(model).__name__}"
         )
     if model.config.num_labels != 1:
-        raise ValueError(f"{type(model).__name__} has num_labels={model.config.num_labels}: a reward model has one")
+        raise UserError(f"{type(model).__name__} has num_labels={model.config.num_labels}: a reward model has one")
     _check_weights(model)
     return model
 
@@ -133,7 +134,7 @@ def _whole_classifier(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrai
 def _load_plain(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     model, missing = _load(checkpoint)
     if missing:
-        raise ValueError(f"{checkpoint} is no trained reward model: it does not hold {', '.join(missing)}")
+        raise UserError(f"{checkpoint} is no trained reward model: it does not hold {', '.join(missing)}")
     return model
 
 
@@ -146,10 +147,10 @@ def _load_adapted(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> PreTra
     try:
         model = PeftModel.from_pretrained(base, checkpoint)
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint} does not fit a {type(base).__name__} with one label: {error}") from error
+        raise UserError(f"{checkpoint} does not fit a {type(base).__name__} with one label: {error}") from error
     for name in missing:
         if not hasattr(base.get_submodule(name.rpartition(".")[0]), "modules_to_save"):
-            raise ValueError(
+            raise UserError(
                 f"neither the adapter {checkpoint} nor its base model holds {name}: the head was not trained, or not "
                 "saved (task_type='SEQ_CLS' or modules_to_save in LoraConfig does both)"
             )
@@ -158,16 +159,19 @@ def _load_adapted(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> PreTra
 
 def _load(checkpoint: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The classifier, and the names of its weights that the checkpoint does not hold."""
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        checkpoint, dtype="auto", output_loading_info=True, **options
-    )
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            checkpoint, dtype="auto", output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"no classifier can be loaded from {checkpoint}: {' '.join(str(error).split())}") from error
     return model, sorted(report["missing_keys"])
 
 
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
-            raise ValueError(
+            raise UserError(
                 f"{name} is not a plain, whole tensor on this process ({type(parameter).__name__} of shape "
                 f"{tuple(parameter.shape)}): save a sharded model with trainer.save_model, and export that folder"
             )

@@ -19,10 +19,8 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging
 
-from normbt_kernels import LinearNormBTLoss, NormBTLoss
 from normbt_kernels.data.collator import CONSTANTS, PreferenceCollator
 from normbt_kernels.data.preferences import tokenize_dataset
-from normbt_kernels.errors import UserError
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
 from normbt_kernels.integrations.head import (
@@ -33,7 +31,7 @@ from normbt_kernels.integrations.head import (
     refuse_fused_liger,
 )
 from normbt_kernels.integrations.pooled_head import pool_head
-from normbt_kernels.modules import DistanceEMA
+from normbt_kernels.modules import DistanceEMA, LinearNormBTLoss, NormBTLoss
 
 logger = logging.get_logger(__name__)
 
@@ -181,11 +179,8 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
         first = next(iter(dataset), None)
         if first is None or {"chosen_ids", "rejected_ids"} <= first.keys():
             return dataset
-        try:
-            with self.args.main_process_first(desc=f"tokenizing {name}"):  # the others find it in the cache
-                tokenized = tokenize_dataset(dataset, self.data_collator.tokenizer, self._max_length, name)
-        except UserError as error:
-            raise ValueError(str(error)) from error
+        with self.args.main_process_first(desc=f"tokenizing {name}"):  # the others find it in the cache
+            tokenized = tokenize_dataset(dataset, self.data_collator.tokenizer, self._max_length, name)
         left_out = len(dataset) - len(tokenized) if hasattr(tokenized, "__len__") else 0
         if left_out:
             message = f"{name}: {left_out} of {len(dataset)} pairs are longer than {self._max_length} tokens"

@@ -17,14 +17,9 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from normbt_kernels import (
-    LinearNormBTLoss,
-    NormBTLoss,
-    __version__,
-    linear_normbt_loss,
-    normbt_loss,
-    pair_distance,
-)
+from normbt_kernels._version import __version__
+from normbt_kernels.functional import linear_normbt_loss, normbt_loss, pair_distance
+from normbt_kernels.modules import LinearNormBTLoss, NormBTLoss
 from normbt_kernels.ops.backend import backend_name
 
 CHOSEN = [[3.0, 4.0], [1.0, 1.0]]
