@@ -1,33 +1,7 @@
-"""How ranks are launched, and the single process that they are compared with."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The single process that ranks are compared with."""
 
 import pytest
 import torch
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def torchrun():
-    """torchrun(num_ranks, module, folder): runs `python -m module folder` on each rank, to the end."""
-
-    def run(num_ranks, module, folder):
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        process = subprocess.run(
-            [sys.executable, "-m", *launcher, "-m", module, str(folder)],
-            cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert process.returncode == 0, process.stderr
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,16 @@ pytest.importorskip("datasets")
 
 from normbt_kernels.integrations.transformers import PreferenceCollator
 from tests.distributed import ranks
+from tests.processes import run_ranks
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import make_tokenizer
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
-def results(request, torchrun, tmp_path_factory):
+def results(request, tmp_path_factory):
     """results(scenario): what each rank found in it."""
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
-    torchrun(request.param, "tests.distributed.ranks", folder)
+    run_ranks(request.param, "tests.distributed.ranks", folder)
     return lambda scenario: [torch.load(folder / f"{scenario}-{rank}.pt") for rank in range(request.param)]
 
 

@@ -8,12 +8,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from tests.processes import run_ranks
+
 if find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 
-def test_zero3_equals_one_process_and_resumes_bitwise(torchrun, tmp_path, single, assert_same_training):
-    torchrun(2, "tests.distributed.zero3", tmp_path)
+def test_zero3_equals_one_process_and_resumes_bitwise(tmp_path, single, assert_same_training):
+    run_ranks(2, "tests.distributed.zero3", tmp_path)
     whole, resumed = (
         [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2)] for name in ("zero3", "zero3_resumed")
     )
