@@ -27,7 +27,7 @@ class Command:
     """`python -m module arguments`, started in the folder `cwd` with `environment` added to that of the tests."""
 
     def __init__(self, module, *arguments, cwd=REPOSITORY, **environment):
-        self._output, self._errors = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
+        self._output, self._errors = (tempfile.NamedTemporaryFile() for _ in range(2))  # noqa: SIM115 (as long as we)
         environment = dict(os.environ) | {name: str(value) for name, value in environment.items()}
         call = (module, [str(argument) for argument in arguments], str(cwd), environment)
         self._process = FORKED.Process(target=_run, args=(*call, self._output.name, self._errors.name))
