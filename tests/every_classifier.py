@@ -32,8 +32,8 @@ SIZES = (
     (4, "mm_tokens_per_image xpath_unit_hidden_size max_xpath_tag_unit_embeddings max_xpath_subs_unit_embeddings"),
     (4, "sliding_window local_attention window_size attention_window"),
     (0.3, "initializer_range init_std"),
-    (0.0, "hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout activation_dropout hidden_dropout"),
-    (0.0, "resid_pdrop embd_pdrop dropout_rate classifier_dropout summary_first_dropout resid_dropout"),
+    (0.0, "hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout activation_dropout"),
+    (0.0, "resid_pdrop embd_pdrop dropout_rate classifier_dropout summary_first_dropout resid_dropout hidden_dropout"),
     (0.0, "summary_last_dropout layerdrop encoder_layerdrop decoder_layerdrop embed_dropout"),
     (0.0, "lsh_attention_probs_dropout_prob local_attention_probs_dropout_prob"),
     (0, "attn_pdrop"),
@@ -98,7 +98,7 @@ def small_sizes(config):
 
 
 def make_pairs(num_pairs=2, side="right"):
-    """`input_ids`, `attention_mask` (2P, S): as `make_batch`, each sequence ended by the <eos> that bart and t5 score."""
+    """`input_ids`, `attention_mask` (2P, S): as `make_batch`, ended by <eos>, where bart and t5 are scored."""
     batch = make_batch(num_pairs, side=side)
     rows = torch.arange(len(batch["input_ids"]))
     last = (batch["attention_mask"] * torch.arange(batch["input_ids"].shape[1])).argmax(dim=1)
