@@ -3,3 +3,8 @@
 
 class UserError(ValueError):
     """The message is one line that says what was seen, where, and what to do; the command line prints it alone."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,38 +1,67 @@
-"""A reward model from any checkpoint, or a small new one: one scalar head, and a pad token that is nothing else."""
+"""A reward model from any checkpoint, or a small new one: one scalar head, and a pad token that is nothing else.
+
+Every command loads here. What a checkpoint does not hold, transformers draws anew; only a head may be new, which is said
+aloud, and everything else that is missing or does not fit is refused by the names of its weights.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
-from normbt_kernels.data.preferences import first_line
-from normbt_kernels.errors import UserError
+from normbt_kernels.errors import UserError, first_line
 
 PAD_TOKEN = "<|pad|>"
+CANNOT_LOAD = (OSError, ValueError, RuntimeError, SafetensorError)  # what transformers raises for bad files
+
+
+# --- the tokenizer -------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, with a pad token that is not also its end of sequence.
-
-    Decoders' forward finds the last token as the last one that is not padding. Were padding the end-of-sequence
-    token, the saved checkpoint would read the token before it, and not the one that was trained.
+    """The tokenizer of a checkpoint, or of an adapter's base model where the adapter has none of its own.
 
     Raises:
-        UserError: there is no such tokenizer.
+        UserError: there is no such tokenizer, or it has no vocabulary: for some models transformers makes an empty one
+            up where its files are missing.
     """
+    base = base_of_adapter(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {first_line(error)}") from error
+        if base is None:
+            raise UserError(f"{name}: {first_line(error)}") from error
+        return load_tokenizer(base)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        if base is not None:
+            return load_tokenizer(base)
+        raise UserError(f"{name}: its tokenizer has no vocabulary: the tokenizer's files are missing beside the model's")
+    return tokenizer
+
+
+def load_training_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The same with a pad token that is not also its end of sequence.
+
+    Decoders' forward finds the last token as the last one that is not padding. Were padding the end-of-sequence
+    token, the saved checkpoint would read the token before it, and not the one that was trained.
+    """
+    tokenizer = load_tokenizer(name)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         reason = "no pad token" if tokenizer.pad_token is None else "the end-of-sequence token as pad token"
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -40,32 +69,202 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
-    """The checkpoint as a sequence classifier with one label; embeddings grow if the pad token needs a row.
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    name: str, tokenizer: PreTrainedTokenizerBase, dtype: str = "auto", *, new_head: bool = False
+) -> PreTrainedModel | nn.Module:
+    """The checkpoint `name`, a folder or hub id, as a sequence classifier with one label; an adapter on its base model,
+    its weights trainable. Embeddings grow if the tokenizer has more tokens than they have rows.
+
+    Args:
+        name: of a classifier, of a language model, or of a peft adapter that holds a head.
+        dtype: of the weights: "float32", ..., or "auto", as they were saved.
+        new_head: a checkpoint without a head for one label gets one, drawn from torch's current seed.
+
+    Raises:
+        UserError: there is no such checkpoint; its architecture has no sequence classifier; it has no head for one
+            label, and `new_head` is False; or another weight is missing, has another shape than its configuration
+            says, or is a head by another name.
+    """
+    base = base_of_adapter(name)
+    model, config, missing = _load_classifier(base or name, dtype)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if base is not None:
+        return _load_adapter(name, base, model, missing, len(tokenizer))
+    if missing:
+        if not new_head:
+            why = f"it does not hold {_listed(missing)}" if config.num_labels == 1 or _is_no_classifier(config) else (
+                f"it has {config.num_labels} labels, and a reward model has one"
+            )  # fmt: skip
+            raise UserError(f"{name} is no trained reward model: {why}")
+        print(_new_head(name, config, missing))
+    _grow(model, len(tokenizer))
+    return model
+
+
+def base_of_adapter(name: str) -> str | None:
+    """The base model of a peft adapter; None for any other checkpoint.
+
+    Raises:
+        UserError: it is an adapter, and peft is not installed.
+    """
+    try:
+        if find_adapter_config_file(name) is None:
+            return None
+    except OSError:
+        return None  # there is no such checkpoint, which its loader says better
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise UserError(f"{name} is a peft adapter: pip install peft") from error
+    return PeftConfig.from_pretrained(name).base_model_name_or_path
+
+
+def _load_classifier(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedConfig, list[str]]:
+    """The classifier, the configuration as saved, and the names of the head's weights that are new."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of weights is judged here, and said in words
+    try:
+        config = AutoConfig.from_pretrained(name)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=1,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except CANNOT_LOAD as error:
+        raise UserError(f"{name}: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, config, _new_weights(name, model, config, report)
+
+
+def _new_weights(name: str, model: PreTrainedModel, config: PreTrainedConfig, report: dict[str, Any]) -> list[str]:
+    """The weights of the head that the checkpoint does not hold for one label.
+
+    Raises:
+        UserError: others are missing or do not fit; or the checkpoint has a head by another name.
+    """
+    misfits = {key: (tuple(saved), tuple(made)) for key, saved, made in report["mismatched_keys"]}
+    for key, (saved, made) in sorted(misfits.items()):
+        if not _is_of_head(key, model) or config.num_labels == 1:
+            raise UserError(
+                f"{name}: {key} has the shape {saved} in the checkpoint, and {made} by its config.json: correct that "
+                "(vocab_size, if tokens were added)"
+            )
+    backbone = [key for key in report["missing_keys"] if not _is_of_head(key, model)]
+    if backbone:
+        raise UserError(f"{name} is not whole: it does not hold {_listed(backbone)}")
+    missing = sorted({*report["missing_keys"], *misfits})
+    if report["missing_keys"]:
+        others = [key for key in report["unexpected_keys"] if not key.startswith(f"{model.base_model_prefix}.")]
+        others = set(others) - (_own_weights(config) if others else set())
+        if others:
+            raise UserError(
+                f"{name} does not hold {_listed(report['missing_keys'])}, but {_listed(others)}: if that is its head, "
+                "save it under the first name"
+            )
+    return missing
+
+
+def _is_of_head(key: str, model: PreTrainedModel) -> bool:
+    """Everything around the backbone is the head, and so is the pooler that BERT keeps inside."""
+    prefix = model.base_model_prefix
+    return not key.startswith(f"{prefix}.") or key.startswith(f"{prefix}.pooler.")
+
+
+def _own_weights(config: PreTrainedConfig) -> set[str]:
+    """The names of all weights of the architecture that was saved: a language model's head is none of ours."""
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    if architecture is None:
+        return set()
+    with torch.device("meta"):
+        return set(architecture(config).state_dict())
+
+
+def _new_head(name: str, config: PreTrainedConfig, missing: list[str]) -> str:
+    if _is_no_classifier(config):
+        architecture = (config.architectures or ["a model without a head"])[0]
+        return f"{name} is {architecture}: its reward head is new, initialised from the seed ({_listed(missing)})"
+    if config.num_labels != 1:
+        return f"{name} has {config.num_labels} labels: its head is replaced by a new one with 1, from the seed"
+    return f"{name} does not hold {_listed(missing)}: its reward head is new, initialised from the seed"
+
+
+def _is_no_classifier(config: PreTrainedConfig) -> bool:
+    return not any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    few = [first, *others[:3]]
+    return ", ".join(few) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+
+
+def _grow(model: PreTrainedModel, num_tokens: int) -> None:
+    if num_tokens > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+
+
+def _load_adapter(name: str, base_name: str, base: PreTrainedModel, missing: list[str], num_tokens: int) -> nn.Module:
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    embedding = next(key for key, module in base.named_modules() if module is base.get_input_embeddings())
+    its_names = (f"{embedding}.weight", f"{embedding}.base_layer.weight")
+    try:
+        saved = [len(weight) for key, weight in load_peft_weights(name, "cpu").items() if key.endswith(its_names)]
+        _grow(base, saved[0] if saved else num_tokens)
+        model = PeftModel.from_pretrained(base, name, is_trainable=True)
+    except CANNOT_LOAD as error:
+        raise UserError(
+            f"the adapter {name} does not fit {base_name} with one label: {' '.join(str(error).split())}"
+        ) from error
+    saved_modules = [path for path, module in base.named_modules() if "modules_to_save" in dict(module.named_children())]
+    for key in missing:
+        if not any(key.startswith(f"{path}.") for path in saved_modules):
+            raise UserError(
+                f"neither the adapter {name} nor its base model {base_name} holds {key}: the head was not trained, or "
+                "not saved (task_type='SEQ_CLS' or modules_to_save in LoraConfig does both)"
+            )
+    return model
+
+
+# --- limits --------------------------------------------------------------------------------------------------------
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens of the longest sequence for which `model` has positions; None where it computes them."""
+    limits = [
+        table.num_embeddings - getattr(table, "offset", 0) - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding) and _holds_positions(name.rpartition(".")[2])
+    ]
+    return min(limits, default=None)
+
+
+def _holds_positions(name: str) -> bool:
+    return name == "wpe" or ("position" in name and "relative" not in name)
+
+
+def checkpoint_position_limit(name: str) -> int | None:
+    """`position_limit` of a checkpoint, by its configuration alone.
 
     Raises:
         UserError: there is no such checkpoint, or its architecture has no sequence classifier.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the expected "lm_head unused, score new" is said below, in words
+    name = base_of_adapter(name) or name
     try:
-        config = AutoConfig.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True
-        )
-    except (OSError, ValueError) as error:
+        with torch.device("meta"):
+            return position_limit(AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name)))
+    except CANNOT_LOAD as error:
         raise UserError(f"{name}: {first_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    architecture = (config.architectures or ["a model without a head"])[0]
-    if "SequenceClassification" not in architecture:
-        print(f"{name} is {architecture}: its reward head is new, initialised from the seed")
-    elif config.num_labels != 1:
-        print(f"{name} has {config.num_labels} labels: its head is replaced by a new one with 1, from the seed")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model
+
+
+# --- a small new one -----------------------------------------------------------------------------------------------
 
 
 def new_llama(

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels.data import STDLIB_FAULTS
-from normbt_kernels.errors import UserError
+from normbt_kernels.errors import UserError, first_line
 
 Text = str | list[dict[str, str]]  # plain text, or a conversation
 
@@ -117,11 +117,6 @@ def _read_hub(name: str, config: str | None, split: str) -> Iterator[tuple[int, 
     except (OSError, ValueError) as error:  # datasets' own errors derive from these
         raise UserError(f"{name}: {first_line(error)}") from error
     yield from enumerate(dataset, start=1)
-
-
-def first_line(error: Exception) -> str:
-    """What a library's exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- checking ----------------------------------------------------------------------------------------------------
