@@ -378,7 +378,7 @@ def test_mistakes_are_said_in_one_line_before_anything_is_scored(
     tmp_path, checkpoint, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "_load_classifier", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: pytest.fail("the model was loaded"))
     write_jsonl(tmp_path / "good.jsonl", [GOOD])
     assert run_cli(checkpoint, *arguments) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("normbt: error: ")]

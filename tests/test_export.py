@@ -284,7 +284,7 @@ def test_adapter_for_two_labels_is_refused(tokenizer, tmp_path):
     LlamaForCausalLM(make_model().config).save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
     adapted(base, task_type="SEQ_CLS").save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="does not fit a LlamaForSequenceClassification with one label"):
+    with pytest.raises(ValueError, match=r"does not fit .*base with one label"):
         export_for_rewardbench(tmp_path / "adapter", tokenizer, tmp_path / "export")
 
 

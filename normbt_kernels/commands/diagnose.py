@@ -14,7 +14,7 @@ from normbt_kernels.commands.evaluate import demo_pairs
 from normbt_kernels.commands.losses import LinearBTLoss, loss_rows
 from normbt_kernels.commands.train import LossOnTheBar, one_device
 from normbt_kernels.data.built_in import EMBEDDED, BuiltIn, find_built_in
-from normbt_kernels.data.checkpoints import load_model, load_tokenizer
+from normbt_kernels.data.checkpoints import load_model, load_training_tokenizer
 from normbt_kernels.data.preferences import load_preferences, num_tokens, tokenize
 from normbt_kernels.diagnostics.measure import diagnose, partial_files
 from normbt_kernels.diagnostics.report import can_draw
@@ -47,7 +47,7 @@ def run(
     from_scratch = find_built_in(dataset) if model is None else None
     if model is None and from_scratch is None:
         raise UserError("--dataset needs a --model; leave out both for the embedded default")
-    tokenizer = load_tokenizer(model) if from_scratch is None else from_scratch.make_tokenizer()
+    tokenizer = load_training_tokenizer(model) if from_scratch is None else from_scratch.make_tokenizer()
     if from_scratch is not None:
         pairs = from_scratch.pairs("test", SEED)
     else:
@@ -60,7 +60,7 @@ def run(
     if from_scratch is not None:
         classifier = _half_trained(from_scratch, tokenizer, device).to(getattr(torch, dtype))
     else:
-        classifier = load_model(model, tokenizer, dtype)
+        classifier = load_model(model, tokenizer, dtype, new_head=True)
 
     partial = partial_path(out)
     diagnosis = diagnose(

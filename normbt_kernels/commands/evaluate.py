@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels._version import versions
 from normbt_kernels.data import demo
-from normbt_kernels.data.preferences import Preference, first_line, load_preferences, parse_row, tokenize
+from normbt_kernels.data.checkpoints import load_model, load_scoring_tokenizer
+from normbt_kernels.data.preferences import Preference, load_preferences, parse_row, tokenize
 from normbt_kernels.errors import UserError
 from normbt_kernels.evaluation import SECTION_OF, SECTIONS, Accuracy, accuracy, score_pairs
 from normbt_kernels.files import write_json
@@ -35,7 +35,7 @@ def run(
     Raises:
         UserError: the model or the data cannot be read, or do not fit together.
     """
-    tokenizer = _load_tokenizer(model)
+    tokenizer = load_scoring_tokenizer(model)
     if dataset is None:
         pairs, dataset = demo_pairs(tokenizer), "embedded generated pairs"
     else:
@@ -44,7 +44,7 @@ def run(
     rows = tokenize(pairs, tokenizer, limit, "tokenizing")
     if not rows:
         raise UserError(f"all {len(pairs)} pairs are longer than {limit} tokens (--max-length)")
-    classifier = _load_classifier(model, tokenizer, dtype).to(device)
+    classifier = load_model(model, tokenizer, dtype).to(device)
 
     partial = None if out is None else partial_path(out)
     rewards = score_pairs(classifier, tokenizer, rows, batch_size, partial)
@@ -91,33 +91,6 @@ def _parser(tokenizer: PreTrainedTokenizerBase) -> Callable[[Any, str], Preferen
         return parse_row(row, where)
 
     return parse
-
-
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """As RewardBench: a tokenizer without a pad token pads with its end of sequence."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {first_line(error)}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise UserError(f"{name}: its tokenizer has neither a pad token nor an end-of-sequence token")
-    return tokenizer
-
-
-def _load_classifier(name: str, tokenizer: PreTrainedTokenizerBase, dtype: str) -> nn.Module:
-    try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {first_line(error)}") from error
-    if loaded["missing_keys"]:
-        missing = ", ".join(sorted(loaded["missing_keys"]))
-        raise UserError(f"{name} is no trained reward model: it does not hold {missing}")
-    if model.config.num_labels != 1:
-        raise UserError(f"{name} has {model.config.num_labels} labels: a reward model has one")
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model
 
 
 # --- results -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from normbt_kernels.commands.arguments import TrainOptions
 from normbt_kernels.commands.losses import loss_rows, make_loss
 from normbt_kernels.data import STDLIB_FAULTS
 from normbt_kernels.data.built_in import BuiltIn
-from normbt_kernels.data.checkpoints import load_model, load_tokenizer
+from normbt_kernels.data.checkpoints import load_model, load_training_tokenizer
 from normbt_kernels.data.preferences import Preference, load_preferences, tokenize
 from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.checkpoint import last_whole_checkpoint
@@ -72,12 +72,12 @@ def user_job(options: TrainOptions, seed: int) -> Job:
     losses = options.loss or ("normbt",)
     if train_pairs[0].margin is not None and not any("-margin" in name for name in losses):
         print(f"the pairs have margins, which --loss {' '.join(losses)} leaves unused; normbt-margin uses them")
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_training_tokenizer(options.model)
     max_length = min(options.max_length, tokenizer.model_max_length)
     return Job(
         model_name=options.model,
         dataset_name=options.dataset,
-        make_model=lambda: load_model(options.model, tokenizer, options.dtype),
+        make_model=lambda: load_model(options.model, tokenizer, options.dtype, new_head=True),
         tokenizer=tokenizer,
         train_rows=_rows(train_pairs, "training", tokenizer, max_length),
         eval_rows=_rows(eval_pairs, "held-out", tokenizer, max_length),

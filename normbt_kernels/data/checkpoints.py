@@ -1,7 +1,7 @@
 """A reward model from any checkpoint, or a small new one: one scalar head, and a pad token that is nothing else.
 
-Every command loads here. What a checkpoint does not hold, transformers draws anew; only a head may be new, which is said
-aloud, and everything else that is missing or does not fit is refused by the names of its weights.
+Every command loads here. What a checkpoint does not hold, transformers draws anew; only a head may be new, which is
+said aloud, and everything else that is missing or does not fit is refused by the names of its weights.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         if base is not None:
             return load_tokenizer(base)
-        raise UserError(f"{name}: its tokenizer has no vocabulary: the tokenizer's files are missing beside the model's")
+        raise UserError(
+            f"{name}: its tokenizer has no vocabulary: the tokenizer's files are missing beside the model's"
+        )
     return tokenizer
 
 
@@ -66,6 +68,20 @@ def load_training_tokenizer(name: str) -> PreTrainedTokenizerBase:
         reason = "no pad token" if tokenizer.pad_token is None else "the end-of-sequence token as pad token"
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
         print(f"{name} has {reason}: its tokenizer gets {PAD_TOKEN} (id {tokenizer.pad_token_id})")
+    return tokenizer
+
+
+def load_scoring_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The same as RewardBench takes it: one without a pad token pads with its end of sequence.
+
+    Raises:
+        UserError: as `load_tokenizer`, or it has neither.
+    """
+    tokenizer = load_tokenizer(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"{name}: its tokenizer has neither a pad token nor an end-of-sequence token")
     return tokenizer
 
 
@@ -223,7 +239,9 @@ def _load_adapter(name: str, base_name: str, base: PreTrainedModel, missing: lis
         raise UserError(
             f"the adapter {name} does not fit {base_name} with one label: {' '.join(str(error).split())}"
         ) from error
-    saved_modules = [path for path, module in base.named_modules() if "modules_to_save" in dict(module.named_children())]
+    saved_modules = [
+        path for path, module in base.named_modules() if "modules_to_save" in dict(module.named_children())
+    ]
     for key in missing:
         if not any(key.startswith(f"{path}.") for path in saved_modules):
             raise UserError(

@@ -24,13 +24,13 @@ from typing import Any
 
 from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import logging
 
+from normbt_kernels.data.checkpoints import load_model
 from normbt_kernels.errors import UserError
 from normbt_kernels.modules import DistanceEMA
 
@@ -114,9 +114,9 @@ def _checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
 def _whole_classifier(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model with its adapters merged, into a copy if it was passed in."""
     if isinstance(model, str | os.PathLike):
-        checkpoint = os.fspath(model)
-        load = _load_adapted if find_adapter_config_file(checkpoint) else _load_plain
-        model = load(checkpoint, tokenizer)
+        model = load_model(os.fspath(model), tokenizer)
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
     elif isinstance(model, nn.Module) and hasattr(model, "merge_and_unload"):
         _check_weights(model)
         model = copy.deepcopy(model).merge_and_unload()
@@ -129,43 +129,6 @@ def _whole_classifier(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         raise UserError(f"{type(model).__name__} has num_labels={model.config.num_labels}: a reward model has one")
     _check_weights(model)
     return model
-
-
-def _load_plain(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    model, missing = _load(checkpoint)
-    if missing:
-        raise UserError(f"{checkpoint} is no trained reward model: it does not hold {', '.join(missing)}")
-    return model
-
-
-def _load_adapted(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    from peft import PeftConfig, PeftModel
-
-    base, missing = _load(PeftConfig.from_pretrained(checkpoint).base_model_name_or_path, num_labels=1)
-    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    try:
-        model = PeftModel.from_pretrained(base, checkpoint)
-    except RuntimeError as error:
-        raise UserError(f"{checkpoint} does not fit a {type(base).__name__} with one label: {error}") from error
-    for name in missing:
-        if not hasattr(base.get_submodule(name.rpartition(".")[0]), "modules_to_save"):
-            raise UserError(
-                f"neither the adapter {checkpoint} nor its base model holds {name}: the head was not trained, or not "
-                "saved (task_type='SEQ_CLS' or modules_to_save in LoraConfig does both)"
-            )
-    return model.merge_and_unload()
-
-
-def _load(checkpoint: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The classifier, and the names of its weights that the checkpoint does not hold."""
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint, dtype="auto", output_loading_info=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"no classifier can be loaded from {checkpoint}: {' '.join(str(error).split())}") from error
-    return model, sorted(report["missing_keys"])
 
 
 def _check_weights(model: nn.Module) -> None:
