@@ -16,7 +16,8 @@ SUBCOMMANDS = {
     "static": "launches and bytes as executed in the interpreter, and what the compiler made of the kernels",
     "tune": "which launch shapes this GPU would like: constants to propose for ops/launch.py",
     "quality": "held-out accuracy of reward models trained with each loss, over seeds (hours on a CPU)",
-    "all": "all of these but tune and quality, into one folder",
+    "bf16-margins": "pairs whose order is lost where rewards are rounded to bf16",
+    "all": "all of these but tune, quality and bf16-margins, into one folder",
 }
 
 
@@ -42,7 +43,7 @@ def load_parser(name: str) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    what = "\n".join(f"  {name:12}{summary}" for name, summary in SUBCOMMANDS.items())
+    what = "\n".join(f"  {name:14}{summary}" for name, summary in SUBCOMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description=f"{__doc__}\n\n{what}\n\n`python -m bench <what> --help` says what is measured and how.",

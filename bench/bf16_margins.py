@@ -1,4 +1,4 @@
-"""How many pairs lose their order when a bf16 reward model rounds its rewards: python -m bench.bf16_margins
+"""How many pairs lose their order when a bf16 reward model rounds its rewards?
 
 A Hugging Face sequence classifier in bf16 returns bf16 logits: 8 bits of mantissa, steps of 0.125 between 16
 and 32. Two answers whose rewards are closer than a step tie, or flip. `linear_normbt_loss` takes the same bf16
@@ -10,13 +10,42 @@ random model is shifted and scaled so that rewards have the given mean and stand
 trained reward models work in.
 """
 
+from __future__ import annotations
+
 import argparse
 from typing import NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from bench.harness import Report, print_table
 from normbt_kernels import linear_normbt_loss
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-pairs", "-P", type=int, metavar="P", help="(default: 2000, --quick: 200)")
+    parser.add_argument("--hidden-size", "-H", type=int, default=256, metavar="H", help="(default: %(default)s)")
+    parser.add_argument("--mean", type=float, default=8.0, help="mean reward (default: %(default)s)")
+    parser.add_argument("--std", type=float, default=4.0, help="standard deviation of the rewards (default: 4)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(options: argparse.Namespace) -> int:
+    report = Report("bf16-margins", options)
+    settings = {
+        "num_pairs": options.num_pairs or (200 if options.quick else 2000),
+        "hidden_size": options.hidden_size,
+        "mean": options.mean,
+        "std": options.std,
+        "seed": options.seed,
+    }
+    shares = measure(**settings, device=options.device)
+    print_table(
+        ["share of pairs", "tied", "flipped"],
+        [[name, f"{order.tied:.2%}", f"{order.flipped:.2%}"] for name, order in shares.items()],
+    )
+    report.save({"settings": settings, "shares": {name: order._asdict() for name, order in shares.items()}})
+    return 0
 
 
 class Order(NamedTuple):
@@ -52,11 +81,17 @@ def fine_pairs(num_pairs: int, length: int, vocab_size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def measure(
-    num_pairs: int = 2000, length: int = 128, hidden_size: int = 256, mean: float = 8.0, std: float = 4.0, seed: int = 0
+    num_pairs: int = 2000,
+    length: int = 128,
+    hidden_size: int = 256,
+    mean: float = 8.0,
+    std: float = 4.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Order]:
     """Ties and flips of Hugging Face's bf16 logits and of `linear_normbt_loss`, on the same model and pairs."""
-    model = tiny_llama(hidden_size, seed)
-    input_ids = fine_pairs(num_pairs, length, model.config.vocab_size)
+    model = tiny_llama(hidden_size, seed).to(device)
+    input_ids = fine_pairs(num_pairs, length, model.config.vocab_size).to(device)
     rows = []
     model.score.register_forward_pre_hook(lambda module, args: rows.append(args[0][:, -1]))
 
@@ -80,22 +115,3 @@ def measure(
         "Hugging Face bf16 logits": order(difference(logits)[ordered], difference(truth)[ordered]),
         "linear_normbt_loss": order(ours[ordered], difference(truth)[ordered]),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-pairs", type=int, default=2000)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--mean", type=float, default=8.0, help="mean reward (default: %(default)s)")
-    parser.add_argument(
-        "--std", type=float, default=4.0, help="standard deviation of the rewards (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    options = vars(parser.parse_args())
-    print(f"{'':28}{'tied':>8}{'flipped':>10}   ({options['num_pairs']} pairs, torch {torch.__version__}, CPU)")
-    for name, shares in measure(**options).items():
-        print(f"{name:28}{shares.tied:>8.2%}{shares.flipped:>10.2%}")
-
-
-if __name__ == "__main__":
-    main()
