@@ -1,13 +1,14 @@
 """What the README says is what happens."""
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench import evidence
 from normbt_kernels.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,10 +19,29 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_python_blocks_run():
-    assert blocks("python")
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
+def test_it_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_fused_loss_is_the_eager_loss_that_it_replaces():
+    (block,) = blocks("python")
+    eager, fused = block.split("# after")
+    names = {}
+    exec(compile(eager, "README.md, before", "exec"), names)
+    expected = names["loss"]
+    exec(compile(f"# after{fused}", "README.md, after", "exec"), names)
+    torch.testing.assert_close(names["loss"], expected)
+    assert names["hidden"].grad.abs().sum() > 0
+
+
+def test_the_trl_import_that_replaces_theirs_is_a_trainer_of_theirs():
+    trl = pytest.importorskip("trl")
+    (block,) = blocks("diff")
+    old, new = {}, {}
+    exec("\n".join(re.findall(r"^-(.*)", block, flags=re.MULTILINE)), old)
+    exec("\n".join(re.findall(r"^\+(.*)", block, flags=re.MULTILINE)), new)
+    assert old["RewardTrainer"] is trl.RewardTrainer
+    assert issubclass(new["RewardTrainer"], trl.RewardTrainer)
 
 
 def test_make_commands_are_targets_that_start_from_nothing():
@@ -46,7 +66,17 @@ def test_normbt_commands_parse(line, monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`python -m (bench(?:\.| )\w+)", README))))
+def test_tables_are_those_of_the_result_files(capsys, monkeypatch):
+    assert set(re.findall(r"<!-- table: ([\w-]+) -->", "".join(page.read_text() for page in evidence.PAGES))) == set(
+        evidence.TABLES
+    )
+    monkeypatch.setattr(sys, "argv", ["bench.evidence", "--check"])
+    assert evidence.main() == 0, capsys.readouterr().out
+    monkeypatch.setitem(evidence.TABLES, "rates", lambda: "| another figure |\n")
+    assert evidence.main() == 1
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`python -m (bench(?:\.| )[\w-]+)", README))))
 def test_bench_commands_exist(command):
     subprocess.run([sys.executable, "-m", *command.split(), "--help"], cwd=ROOT, capture_output=True, check=True)
 
@@ -54,73 +84,3 @@ def test_bench_commands_exist(command):
 def test_links_and_figures_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).is_file(), target
-
-
-def cells(row):
-    return [cell.strip() for cell in row.strip("|").split("|")]
-
-
-def test_quality_figures_are_those_of_the_results():
-    settings = results("quality/quality.json")["settings"]
-    fine, coarse = "fine: one wrong token", "coarse: noisy style"
-    rows = {
-        "BT, all pairs": ("mixed", "all", "bt"),
-        "BT, fine pairs": ("mixed", fine, "bt"),
-        "BT, coarse pairs": ("mixed", coarse, "bt"),
-        "BT with margin, all pairs": ("mixed", "all", "bt-margin"),
-        "BT with margin outside, all pairs": ("mixed", "all", "bt-margin-out"),
-        "BT with label smoothing, all pairs": ("mixed", "all", "bt-smoothing"),
-        "BT, control without coarse pairs": ("fine-only", "all", "bt"),
-    }
-    quoted = {cells(line)[0]: cells(line)[1:] for line in README.splitlines() if line.startswith("| BT")}
-    for what, (setting, group, loss) in rows.items():
-        of = settings[setting]["groups"][group]
-        (found,) = [row for row in of["difference"] if (row["loss"], row["baseline"]) == (f"norm{loss}", loss)]
-        low, high = found["interval_95"]
-        assert quoted[what] == [
-            f"{of['accuracy'][loss]['mean']:.3f}",
-            f"{of['accuracy']['norm' + loss]['mean']:.3f}",
-            f"{found['mean']:+.3f} [{low:+.3f}, {high:+.3f}]",
-            f"{found['p_value']:.3f}",
-        ]
-
-
-def results(name):
-    return json.loads((ROOT / "bench/results" / name).read_text())
-
-
-def plus_minus(value):
-    return f"{value['mean']:.3f} ± {value['interval_95'][1] - value['mean']:.3f}"
-
-
-def difference(row):
-    low, high = row["interval_95"]
-    return f"{row['mean']:+.3f} [{low:+.3f}, {high:+.3f}], p {row['p_value']:.3f}"
-
-
-def test_accuracies_at_each_learning_rate_are_those_of_the_results():
-    mixed = results("quality-rates/quality.json")["settings"]["mixed"]
-    words = " ".join(README.split())
-    for group in ("all", "fine: one wrong token", "coarse: noisy style"):
-        assert f"{group.partition(':')[0]} pairs {difference(mixed['groups'][group]['difference'][0])}" in words
-    rates = mixed["learning_rates"]
-    assert {rates[loss]["chosen"] for loss in ("bt", "normbt")} == {5e-4}
-    for name, loss in (("BT", "bt"), ("NormBT", "normbt")):
-        accuracies = rates[loss]["validation_accuracy"].values()
-        assert f"| {name} | {' | '.join(map(plus_minus, accuracies))} |" in README
-
-
-def test_accuracies_on_the_standard_library_are_those_of_the_results():
-    groups = results("quality-stdlib-faults/quality-stdlib-faults.json")["settings"]["mixed"]["groups"]
-    for name, group in groups.items():
-        if "third" not in name:
-            what = "all pairs of held-out modules" if name == "all" else name
-            quoted = " | ".join(plus_minus(group["accuracy"][loss]) for loss in ("bt", "normbt"))
-            assert f"| {what} | {quoted} | {group['difference'][0]['mean']:+.3f} [" in README
-    for loss in ("bt", "normbt"):
-        assert groups["all"]["accuracy"][loss]["interval_95"][0] > 0.5  # above chance
-
-
-def test_the_backbones_slope_is_that_of_the_results():
-    slope = results("diagnosis/diagnosis.json")["slopes"]["backbone"]["bt"]
-    assert f"to the power {slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]" in " ".join(README.split())

@@ -141,7 +141,7 @@ def option(words, name):
 
 def test_every_model_is_trained_on_every_data_set_at_every_rate_with_every_loss(reproduced):
     folder, commands = reproduced
-    trained = [words for words in commands if words[0] == "train"]
+    trained = [words for words in commands if words[0] == "train" and option(words, "--output-dir").startswith("runs/")]
     seen = {
         (option(words, "--model"), option(words, "--dataset"), option(words, "--learning-rate")) for words in trained
     }
@@ -157,6 +157,16 @@ def test_every_model_is_trained_on_every_data_set_at_every_rate_with_every_loss(
                 assert arguments["bf16"]
                 assert arguments["gradient_checkpointing"]
                 assert arguments["gradient_accumulation_steps"] * arguments["per_device_train_batch_size"] == 64
+
+
+def test_the_inferred_recipe_trains_every_model_with_its_own_settings(reproduced):
+    folder, _ = reproduced
+    for model in MODELS:
+        results = json.loads((folder / "inferred" / "skywork" / Path(model).name / "results.json").read_text())
+        assert list(results["losses"]) == LOSSES["skywork"]
+        arguments = results["training_arguments"]
+        assert arguments["gradient_accumulation_steps"] * arguments["per_device_train_batch_size"] == 256
+        assert (arguments["learning_rate"], arguments["max_grad_norm"]) == (5e-6, 5)
 
 
 def test_the_data_are_the_better_and_the_worse_answer(reproduced):
