@@ -95,14 +95,19 @@ def measure(
     rows = []
     model.score.register_forward_pre_hook(lambda module, args: rows.append(args[0][:, -1]))
 
-    rewards = model(input_ids=input_ids).logits.squeeze(-1)
-    unit = rows.pop().mean(0)
+    def score() -> tuple[torch.Tensor, torch.Tensor]:
+        """The rewards of all sequences and the rows that the head read, a few sequences at a time."""
+        rows.clear()
+        rewards = [model(input_ids=block).logits.squeeze(-1) for block in input_ids.split(64)]
+        return torch.cat(rewards), torch.cat(rows)
+
+    rewards, hidden = score()
+    unit = hidden.mean(0)
     model.score.weight *= std / rewards.std()
     model.score.weight += (mean - rewards.mean() * std / rewards.std()) * unit / unit.square().sum()
 
     model.to(torch.bfloat16)
-    logits = model(input_ids=input_ids).logits.squeeze(-1)
-    hidden = rows.pop()
+    logits, hidden = score()
     truth = hidden.double() @ model.score.weight.double().squeeze(0)
     _, stats = linear_normbt_loss(hidden, model.score.weight, mu=1.0, return_stats=True)
 

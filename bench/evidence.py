@@ -118,7 +118,11 @@ def constants() -> str:
     return table(
         ["constant", "value", "all", "fine", "coarse"],
         [
-            [f"`{row['constant']}`", f"{row['value']:g}", *(plus_minus(row["groups"][g]) for g in ("all", FINE, COARSE))]
+            [
+                f"`{row['constant']}`",
+                f"{row['value']:g}",
+                *(plus_minus(row["groups"][g]) for g in ("all", FINE, COARSE)),
+            ]
             for row in rows
         ],
     )
@@ -177,12 +181,12 @@ def quality_rows() -> list[list[str]]:
     ]
     return [
         [
-            f"held-out accuracy of NormBT less BT's, each at its best learning rate; {quality['seeds']} seeds, 95% interval",
+            f"held-out accuracy, NormBT minus BT, each at its best learning rate ({quality['seeds']} seeds, 95% interval)",
             interval(difference(quality["settings"]["mixed"]["groups"]["all"])),
             "`python -m bench quality`",
         ],
         [f"accuracy at learning rates {grid[0]:g} to {grid[-1]:g}", "; ".join(accuracies), "[docs/evidence.md](docs/evidence.md)"],
-        ["real code, NormBT less BT", "; ".join(found), "[docs/evidence.md](docs/evidence.md)"],
+        ["real code, NormBT minus BT", "; ".join(found), "[docs/evidence.md](docs/evidence.md)"],
     ]  # fmt: skip
 
 
@@ -246,6 +250,10 @@ def cpu_rows() -> list[list[str]]:
         ratios = (micros[entry, pairs[size]] for entry, pairs in sizes.items())
         return BEHIND if any(times["ours"] > times[contender] for times in ratios) else ""
 
+    environment = speed["environment"]
+    cpu = (
+        f"one thread of an {environment['device']['name'].partition(',')[0]}, torch {environment['versions']['torch']}"
+    )
     smallest, largest = sizes["linear"][0], sizes["linear"][-1]
     slower_step = BEHIND if overhead["ours"] > overhead["eager"] else ""
     return [
@@ -255,7 +263,7 @@ def cpu_rows() -> list[list[str]]:
             command_of(margins),
         ],
         [
-            f"{behind('eager', -1)}our time over eager NormBT's by entry point (one CPU thread, P={largest}, H=2048)",
+            f"{behind('eager', -1)}our time over eager NormBT's, by entry point (P={largest}, H=2048, {cpu})",
             over("eager", -1),
             command_of(speed),
         ],
@@ -301,7 +309,9 @@ def main() -> int:
             continue
         stale += 1
         if check:
-            print(f"{path.relative_to(ROOT)} quotes other figures than bench/results holds: run python -m bench.evidence")
+            print(
+                f"{path.relative_to(ROOT)} quotes other figures than bench/results holds: run python -m bench.evidence"
+            )
         else:
             path.write_text(new, encoding="utf-8")
             print(f"wrote {path.relative_to(ROOT)}")

@@ -25,11 +25,11 @@ def test_it_is_read_in_one_sitting():
 
 def test_the_fused_loss_is_the_eager_loss_that_it_replaces():
     (block,) = blocks("python")
-    eager, fused = block.split("# after")
+    eager, fused = block.split("# after:")
     names = {}
     exec(compile(eager, "README.md, before", "exec"), names)
     expected = names["loss"]
-    exec(compile(f"# after{fused}", "README.md, after", "exec"), names)
+    exec(compile(f"# after:{fused}", "README.md, after", "exec"), names)
     torch.testing.assert_close(names["loss"], expected)
     assert names["hidden"].grad.abs().sum() > 0
 
