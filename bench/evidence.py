@@ -171,114 +171,92 @@ def quality_rows() -> list[list[str]]:
     library = results("quality-stdlib-faults/quality-stdlib-faults.json")["settings"]["mixed"]["groups"]
     rates = by_rate["settings"]["mixed"]["learning_rates"]
     grid = [float(rate) for rate in rates["bt"]["validation_accuracy"]]
-    accuracies = (
+    by_loss = (
         f"{LOSSES[loss]} " + " ".join(f"{value['mean']:.2f}" for value in rates[loss]["validation_accuracy"].values())
         for loss in ("bt", "normbt")
     )
-    found = [
+    on_code = (
         f"{name.partition(': ')[2] or name} {interval(difference(library[name]))}"
         for name in ("all", "fine: wrong variable", "coarse: unrelated function")
-    ]
+    )
+    page = "[docs/evidence.md](docs/evidence.md)"
+    best = f"accuracy, NormBT minus BT, each at its best learning rate ({quality['seeds']} seeds, 95% interval)"
     return [
-        [
-            f"held-out accuracy, NormBT minus BT, each at its best learning rate ({quality['seeds']} seeds, 95% interval)",
-            interval(difference(quality["settings"]["mixed"]["groups"]["all"])),
-            "`python -m bench quality`",
-        ],
-        [f"accuracy at learning rates {grid[0]:g} to {grid[-1]:g}", "; ".join(accuracies), "[docs/evidence.md](docs/evidence.md)"],
-        ["real code, NormBT minus BT", "; ".join(found), "[docs/evidence.md](docs/evidence.md)"],
-    ]  # fmt: skip
+        [best, interval(difference(quality["settings"]["mixed"]["groups"]["all"])), "`python -m bench quality`"],
+        [f"accuracy at learning rates {grid[0]:g} to {grid[-1]:g}", "; ".join(by_loss), page],
+        ["accuracy on real code, NormBT minus BT", "; ".join(on_code), page],
+    ]
 
 
 def static_rows() -> list[list[str]]:
     static = results("static.json")
-    entries, details = static["entries"], static["details"]
+    details, command = static["details"], "`python -m bench static`"
+    floors = static["entries"] | details["without_limit"]
+    linear, shown = floors["linear_normbt_loss"], details["entries"]["linear_normbt_loss"]
 
-    def moved(entry: dict[str, Any], contender: dict[str, Any]) -> str:
+    def moved(contender: dict[str, Any]) -> str:
         launches = f"{contender['launches_forward']} + {contender['launches_backward']}"
-        return f"{contender['bytes'] / entry['floor_bytes']:.3g} in {launches}"
+        return f"{contender['bytes'] / linear['floor_bytes']:.3g} in {launches}"
 
-    linear = entries["linear_normbt_loss"]
-    shown = details["entries"]["linear_normbt_loss"]
-    eager, bt = (shown["contenders"][name] for name in ("eager", "bt"))
-    ratio = {
-        name: entry["bytes"] / entry["floor_bytes"] for name, entry in (entries | details["without_limit"]).items()
-    }
-    near = {name for name in ratio if ratio[name] <= 1.05}
-    others = sorted(ratio.keys() - near, key=ratio.get)
-    kernels = [kernel for of in static["targets"].values() for target in of.values() for kernel in target.values()]
-    targets = sorted({target for of in static["targets"].values() for target in of})
+    in_torch = (f"{name} {moved(shown['contenders'][key])}" for key, name in (("eager", "eager NormBT"), ("bt", "BT")))
+    ratios = {name: entry["bytes"] / entry["floor_bytes"] for name, entry in floors.items()}
+    above = sorted((ratio, name.removeprefix("linear_normbt_loss, ")) for name, ratio in ratios.items() if ratio > 1.05)
+    cases = [f"{len(ratios) - len(above)} at most 1.05", *(f"{name} {ratio:.2g}" for ratio, name in above)]
+    versions = static["targets"]
+    targets = list(next(iter(versions.values())))
+    kernels = [kernel for of_version in versions.values() for of in of_version.values() for kernel in of.values()]
     return [
         [
-            f"bytes moved, over the fewest possible, and launches forward + backward (linear, {shown['shape']}; counted)",
-            f"ours {moved(linear, linear)}; eager NormBT {moved(linear, eager)}; plain BT {moved(linear, bt)}",
-            "`python -m bench static`",
+            f"bytes over the fewest possible, in launches forward + backward (linear, {shown['shape']}; counted)",
+            "; ".join([f"ours {moved(linear)}", *in_torch]),
+            command,
         ],
+        [f"the same ratio of bytes in all {len(ratios)} cases that are counted", "; ".join(cases), command],
         [
-            f"the same for all {len(ratio)} cases that are counted",
-            f"{len(near)} at most 1.05; "
-            + "; ".join(f"{name.replace('linear_normbt_loss, ', '')} {ratio[name]:.2g}" for name in others),
-            "`python -m bench static`",
-        ],
-        [
-            f"registers spilled by the compiled kernels ({', '.join(targets)}; triton {' and '.join(sorted(static['targets']))})",
-            f"{sum(kernel['spill_bytes'] for kernel in kernels)} bytes",
+            f"bytes of registers that the compiled kernels spill ({', '.join(targets)}; triton {', '.join(versions)})",
+            f"{sum(kernel['spill_bytes'] for kernel in kernels)}",
             f"`python -m bench.ahead_of_time {' '.join(targets)}`",
         ],
-    ]  # fmt: skip
+    ]
 
 
 def cpu_rows() -> list[list[str]]:
-    margins = results(f"{CPU}/bf16-margins.json")
-    settings = margins["settings"]
+    margins, step, speed = (results(f"{CPU}/{name}.json") for name in ("bf16-margins", "train-step", "speed"))
     hub, ours = margins["shares"].values()
-    step = results(f"{CPU}/train-step.json")
     overhead = {row["contender"]: row["overhead_percent"] for row in step["rows"]}
-    speed = results(f"{CPU}/speed.json")
-    micros: dict[tuple[str, int], dict[str, float]] = {}
+    times: dict[str, dict[int, dict[str, float]]] = {}  # by entry, number of pairs and contender
     for row in speed["rows"]:
         if row["wall"]:
-            times = micros.setdefault((row["entry"], row["num_pairs"]), {})
-            times[row["contender"]] = row["wall"]["both"]["median_us"]
-    sizes = {entry: sorted(pairs for name, pairs in micros if name == entry) for entry, _ in micros}
+            of_entry = times.setdefault(row["entry"], {})
+            of_entry.setdefault(row["num_pairs"], {})[row["contender"]] = row["wall"]["both"]["median_us"]
 
-    def over(contender: str, size: int) -> str:
-        return ", ".join(f"{entry} {times['ours'] / times[contender]:.2g}"
-                         for entry, pairs in sizes.items() for times in [micros[entry, pairs[size]]])  # fmt: skip
-
-    def behind(contender: str, size: int) -> str:
-        ratios = (micros[entry, pairs[size]] for entry, pairs in sizes.items())
-        return BEHIND if any(times["ours"] > times[contender] for times in ratios) else ""
+    def ratio_row(what: str, contender: str, size: Callable[[Iterable[int]], int]) -> list[str]:
+        """Our time over the contender's, at the smallest or the largest number of pairs of each entry."""
+        chosen = {entry: of[size(of)] for entry, of in times.items()}
+        ratios = {entry: of["ours"] / of[contender] for entry, of in chosen.items()}
+        mark = BEHIND if max(ratios.values()) > 1 else ""
+        measured = ", ".join(f"{entry} {ratio:.2g}" for entry, ratio in ratios.items())
+        return [f"{mark}{what}, P={size(times['linear'])}", measured, command_of(speed)]
 
     environment = speed["environment"]
     cpu = (
         f"one thread of an {environment['device']['name'].partition(',')[0]}, torch {environment['versions']['torch']}"
     )
-    smallest, largest = sizes["linear"][0], sizes["linear"][-1]
-    slower_step = BEHIND if overhead["ours"] > overhead["eager"] else ""
     return [
         [
-            f"pairs that rewards rounded to bf16 tie ({settings['num_pairs']} pairs with one token changed)",
+            f"pairs that rewards rounded to bf16 tie ({margins['settings']['num_pairs']} pairs, one token changed)",
             f"Hugging Face's bf16 logits {hub['tied']:.2%}; `linear_normbt_loss` {ours['tied']:.2%}",
             command_of(margins),
         ],
+        ratio_row(f"our time over eager NormBT's ({cpu})", "eager", max),
+        ratio_row("our time over eager NormBT's", "eager", min),
+        ratio_row("our time over that of `torch.compile` of eager NormBT", "compiled", max),
         [
-            f"{behind('eager', -1)}our time over eager NormBT's, by entry point (P={largest}, H=2048, {cpu})",
-            over("eager", -1),
-            command_of(speed),
-        ],
-        [f"{behind('eager', 0)}the same at P={smallest}", over("eager", 0), command_of(speed)],
-        [
-            f"{behind('compiled', -1)}our time over that of `torch.compile` of eager NormBT, P={largest}",
-            over("compiled", -1),
-            command_of(speed),
-        ],
-        [
-            f"{slower_step}a whole training step of a tiny Llama on a CPU, over plain BT's",
+            f"{BEHIND if overhead['ours'] > overhead['eager'] else ''}a whole training step of a tiny Llama, over BT's",
             f"ours {overhead['ours']:+.2f}%; eager NormBT {overhead['eager']:+.2f}%",
             command_of(step),
         ],
-    ]  # fmt: skip
+    ]
 
 
 TABLES: dict[str, Callable[[], str]] = {
