@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from bench import evidence
-from normbt_kernels.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,17 +54,6 @@ def test_make_commands_are_targets_that_start_from_nothing():
         assert "torch==2.13.0" in plan.stdout
 
 
-@pytest.mark.parametrize("line", re.findall(r"^(normbt .*?)(?:  #.*)?$", "\n".join(blocks("bash")), flags=re.MULTILINE))
-def test_normbt_commands_parse(line, monkeypatch, capsys, tmp_path):
-    """All that a command is given is known to it. What needs a model or a data set of the reader's is not run."""
-    _, name, *words = line.split()
-    monkeypatch.chdir(tmp_path)
-    for needs in ("evaluate", "diagnose", "export"):
-        monkeypatch.setattr(cli, f"_{needs}", lambda arguments, others: print(arguments) or 0)
-    assert cli.main([name, *words, *(["--help-trainer"] if name == "train" else [])]) == 0
-    assert capsys.readouterr().out
-
-
 def test_tables_are_those_of_the_result_files(capsys, monkeypatch):
     assert set(re.findall(r"<!-- table: ([\w-]+) -->", "".join(page.read_text() for page in evidence.PAGES))) == set(
         evidence.TABLES
@@ -74,13 +62,3 @@ def test_tables_are_those_of_the_result_files(capsys, monkeypatch):
     assert evidence.main() == 0, capsys.readouterr().out
     monkeypatch.setitem(evidence.TABLES, "rates", lambda: "| another figure |\n")
     assert evidence.main() == 1
-
-
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`python -m (bench(?:\.| )[\w-]+)", README))))
-def test_bench_commands_exist(command):
-    subprocess.run([sys.executable, "-m", *command.split(), "--help"], cwd=ROOT, capture_output=True, check=True)
-
-
-def test_links_and_figures_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).is_file(), target

@@ -424,11 +424,9 @@ def stand_in(monkeypatch, path, **names):
 
 
 @pytest.mark.parametrize("page", [page.stem for page in PAGES])
-def test_links_exist_and_json_and_yaml_parse(page):
+def test_json_and_yaml_parse(page):
     import yaml
 
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", (DOCS / f"{page}.md").read_text()):
-        assert (DOCS / target).is_file(), target
     for block in blocks(page, "yaml"):
         assert isinstance(yaml.safe_load(block), dict)
     for block in blocks(page, "json"):
