@@ -123,32 +123,32 @@ def make_batch(num_pairs: int, length: int, config: Any, device: torch.device) -
     last_token = torch.randint(length // 2, length, (2 * num_pairs,))
     attention_mask = (torch.arange(length) <= last_token[:, None]).long()
     input_ids = torch.randint(1, config.vocab_size, (2 * num_pairs, length)) * attention_mask
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "last_token": last_token}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def make_losses(model, device: torch.device) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
     """The forward pass with each loss, from a batch to a scalar."""
-    from normbt_kernels.integrations.head import HeadInput, find_head
+    from normbt_kernels.integrations.head import HeadReader, find_head
 
-    head = find_head(model)
-    head_input = HeadInput(head)
+    reader = HeadReader(find_head(model))
+    head = find_head(model).linear()
     fused = LinearNormBTLoss().to(device)
     running_mean: list[Tensor] = []  # of the eager contender, empty before the first batch
 
     def forward(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        head_input.expect()
+        reader.expect()
         rewards = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
-        return rewards, head_input.take()
+        return rewards, reader.take(rewards)
 
     def bt(batch: dict[str, Tensor]) -> Tensor:
         chosen_rewards, rejected_rewards = forward(batch)[0].chunk(2)
         return -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
 
     def eager(batch: dict[str, Tensor]) -> Tensor:
-        rewards, hidden = forward(batch)
+        rewards, rows = forward(batch)
         chosen_rewards, rejected_rewards = rewards.chunk(2)
-        chosen, rejected = reference.pool(hidden.detach(), batch["last_token"]).chunk(2)
+        chosen, rejected = rows.detach().chunk(2)
         distance = torch.linalg.vector_norm(chosen - rejected, dim=-1)
         mean = distance.float().mean()
         mu = running_mean[0] if running_mean else mean
@@ -156,8 +156,8 @@ def make_losses(model, device: torch.device) -> dict[str, Callable[[dict[str, Te
         return -(reference.normbt_weight(distance, mu) * F.logsigmoid(chosen_rewards - rejected_rewards)).mean()
 
     def ours(batch: dict[str, Tensor]) -> Tensor:
-        hidden = forward(batch)[1]
-        return fused(hidden, head.weight, head.bias, last_token=batch["last_token"])
+        rows = forward(batch)[1]
+        return fused(rows, head.weight, head.bias)
 
     return {"bt": bt, "bt-again": bt, "eager": eager, "ours": ours}
 

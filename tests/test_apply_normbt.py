@@ -485,7 +485,6 @@ def test_applied_twice_or_removed_without():
         ({"beta": 1.0}, r"beta must be in \[0, 1\), got 1.0"),
         ({"eps": -1.0}, "eps must be finite and >= 0"),
         ({"max_weight": 0.0}, "max_weight must be > 0"),
-        ({"head": nn.Linear(4, 2)}, "an nn.Linear with one output, got Linear.*out_features=2"),
         ({"head": nn.Linear(4, 1)}, "not a module of this LlamaForSequenceClassification"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -531,7 +530,7 @@ def test_frozen_head_is_warned_of_and_lora_in_the_head_refused():
         warnings.simplefilter("error")
         apply_normbt(trained)
     adapted = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj", "score"], r=2))
-    with pytest.raises(ValueError, match=r"'base_model.model.score' is adapted by LoRA.*modules_to_save"):
+    with pytest.raises(ValueError, match=r"'score' is adapted by LoRA.*modules_to_save"):
         apply_normbt(adapted)
 
 

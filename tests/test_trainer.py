@@ -27,8 +27,8 @@ from transformers import (
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss
 from normbt_kernels.commands.losses import LinearBTLoss
-from normbt_kernels.integrations.head import find_head
-from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator, called_head, last_token
+from normbt_kernels.integrations.head import Head, find_head, last_token
+from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
 from tests import tiny_classifiers
 
 VOCABULARY = 32
@@ -160,7 +160,7 @@ def test_collator_refuses_a_tokenizer_without_a_pad_token(tokenizer):
 
 def test_head_is_the_last_linear_with_one_output(model):
     model.model.layers[0].gate = nn.Linear(16, 1)
-    assert find_head(model) is model.score
+    assert find_head(model).module is model.score
     with pytest.raises(ValueError, match="one output"):
         find_head(nn.Sequential(nn.Linear(4, 2)))
 
@@ -182,23 +182,22 @@ def test_rewards_do_not_depend_on_the_padding_side(model, tokenizer, tmp_path, s
 
 
 @pytest.mark.parametrize("loss", [LinearNormBTLoss, NormBTLoss])
-def test_pad_equal_to_eos_still_reads_the_true_last_token(tokenizer, tmp_path, messages, loss):
-    tokenizer.pad_token = "<eos>"
+def test_pad_equal_to_eos_reads_the_token_that_the_saved_model_scores(tokenizer, tmp_path, loss):
+    tokenizer.pad_token = "<eos>"  # transformers' classifiers then score the token before it
     model = make_model(pad_token_id=EOS)
     rows = make_rows(4)
     chosen_rewards, _, _ = make_trainer(model, tokenizer, tmp_path, loss()).predict(rows).predictions
-    assert "better give the tokenizer a pad token of its own" in messages.text
     with torch.no_grad():
-        last = [model.model(torch.tensor([row["chosen_ids"]])).last_hidden_state[0, -1] for row in rows]
+        last = [model.model(torch.tensor([row["chosen_ids"]])).last_hidden_state[0, -2] for row in rows]
     expected = torch.stack(last) @ model.score.weight[0].detach()
     torch.testing.assert_close(torch.tensor(chosen_rewards), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_model_without_a_pad_token_gets_the_tokenizers(tokenizer, tmp_path):
-    model = make_model(pad_token_id=None)
-    trainer = make_trainer(model, tokenizer, tmp_path, eval_dataset=make_rows(4))
-    assert math.isfinite(trainer.evaluate()["eval_loss"])
-    assert model.config.pad_token_id == tokenizer.pad_token_id
+    for model in (make_model(pad_token_id=None), tiny_classifiers.make_model("gpt2", pad_token_id=None)):
+        trainer = make_trainer(model, tokenizer, tmp_path, eval_dataset=make_rows(4))
+        assert math.isfinite(trainer.evaluate()["eval_loss"])  # before any training
+        assert model.config.pad_token_id == tokenizer.pad_token_id
 
 
 def test_saved_checkpoint_gives_the_rewards_that_were_trained(model, tokenizer, tmp_path):
@@ -290,23 +289,25 @@ def test_head_under_peft_is_the_one_that_is_called(model):
     adapted.add_adapter("second", peft.LoraConfig(**config))
     for adapter in ("default", "second"):
         adapted.set_adapter(adapter)
-        name, head = called_head(adapted)
-        assert (name, head) == ("score", adapted.base_model.model.score.modules_to_save[adapter])
+        found = find_head(adapted)
+        head = found.module
+        assert (found.name, head) == ("score", adapted.base_model.model.score.modules_to_save[adapter])
         seen = []
         hook = head.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(module))
         adapted(torch.tensor([[2, 3]]))
         hook.remove()
         assert seen == [head]
     on_head = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=1, target_modules=["q_proj", "score"]))
-    assert called_head(on_head) == ("score", on_head.base_model.model.score)
-    assert called_head(model) == ("score", model.score)
+    assert find_head(on_head) == Head("score", on_head.base_model.model.score, on_head.base_model.model)
+    assert find_head(model) == Head("score", model.score, model)
 
 
 def test_head_inside_a_module_that_peft_copies_is_the_copys(tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_classifiers.make_model("roberta", max_position_embeddings=32)
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
-    assert called_head(model) == ("out_proj", model.base_model.model.classifier.modules_to_save["default"].out_proj)
+    classifier = model.base_model.model.classifier.modules_to_save["default"]
+    assert find_head(model) == Head("out_proj", classifier.out_proj, model.base_model.model)
     trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=make_rows(4), max_steps=1)
     trainer.train()
     assert trainer.fused
@@ -374,10 +375,10 @@ def test_trainer_adds_no_host_synchronisation_to_those_of_model_and_loss(model, 
     batch = PreferenceCollator(tokenizer)(make_rows(4))
     model.train()
     trainer.compute_loss(model, batch)  # whatever happens only once
-    trainer.head_rows.expect(last_token(batch["attention_mask"]))
+    trainer.head_reader.expect()
     with HostReads() as of_model:
-        model(**batch)
-    rows = trainer.head_rows.take()
+        logits = model(**batch).logits
+    rows = trainer.head_reader.take(logits)
     with HostReads() as of_loss:
         trainer.pair_loss(rows, model.score.weight, return_stats=True)
     with HostReads() as of_trainer:
@@ -585,7 +586,7 @@ def test_several_labels_are_refused(tokenizer, tmp_path):
 def test_head_that_does_not_give_the_rewards_is_refused(model, tokenizer, tmp_path):
     model.other = nn.Linear(16, 1)  # registered last, and never called
     trainer = make_trainer(model, tokenizer, tmp_path)
-    with pytest.raises(ValueError, match=r"from the head 'other', got logits \(4, 1\), and the head was not called"):
+    with pytest.raises(ValueError, match=r"did not call its scalar head"):
         trainer.compute_loss(model, PreferenceCollator(tokenizer)(make_rows(2)))
     assert trainer.pair_loss.num_updates == 0
 

@@ -17,7 +17,7 @@ from normbt_kernels.data.preferences import num_tokens, parse_row, tokenize_pair
 from normbt_kernels.diagnostics.diagnosis import Diagnosis
 from normbt_kernels.errors import UserError
 from normbt_kernels.functional import linear_normbt_loss
-from normbt_kernels.integrations.head import find_head, last_token
+from normbt_kernels.integrations.head import Head, HeadReader, find_head
 from normbt_kernels.resumable import fingerprint, map_resumable
 
 
@@ -68,7 +68,8 @@ def diagnose(
         raise UserError(f"num_gradients and batch_size must be at least 1, got {num_gradients} and {batch_size}")
     if not eps > 0 or not (max_weight is None or max_weight > 0):
         raise UserError(f"eps and max_weight must be above 0, got {eps} and {max_weight}")
-    head = find_head(model)
+    found = find_head(model)
+    head = found.linear()
     of_head = set(head.parameters())
     backbone = [weight for weight in model.parameters() if weight.requires_grad and weight not in of_head]
     if not backbone:
@@ -79,10 +80,10 @@ def diagnose(
         raise UserError(f"none of {len(rows)} pairs has at most {max_length} tokens" if rows else "there are no pairs")
     num_left_out, rows = len(rows) - len(short), [rows[i] for i in short]
 
-    probe = _Probe(model, head, PreferenceCollator(tokenizer), rows)
     name = None if partial is None else fingerprint(model, rows, batch_size)
     kept_rewards, kept_gradients = (None, None) if partial is None else partial_files(partial)
-    with _evaluating(model):
+    with _reading(model, found) as reader:
+        probe = _Probe(model, head, reader, PreferenceCollator(tokenizer), rows)
         batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
         read = map_resumable(probe.rewards_and_distance, batches, kept_rewards, name, "rewards and distances")
         chosen, rejected, distance = np.concatenate([np.array(batch) for batch in read], axis=1)
@@ -135,12 +136,15 @@ def spread_evenly(distance: np.ndarray, num_sampled: int) -> np.ndarray:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _reading(model: nn.Module, head: Head) -> Iterator[HeadReader]:
+    """Reads the head of `model` in evaluation mode, and leaves the model as it was."""
     modes = [(module, module.training) for module in model.modules()]
+    reader = HeadReader(head)
     model.eval()
     try:
-        yield
+        yield reader
     finally:
+        reader.remove()
         for module, was_training in modes:
             module.training = was_training
 
@@ -148,8 +152,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 class _Probe:
     """Reads pairs of `rows` off the model: what its head sees, and the gradient of their difference of rewards."""
 
-    def __init__(self, model: nn.Module, head: nn.Linear, collate: PreferenceCollator, rows: Sequence[Any]):
-        self.model, self.head, self.collate, self.rows = model, head, collate, rows
+    def __init__(
+        self, model: nn.Module, head: nn.Linear, reader: HeadReader, collate: PreferenceCollator, rows: Sequence[Any]
+    ):
+        self.model, self.head, self.reader, self.collate, self.rows = model, head, reader, collate, rows
 
     @torch.no_grad()
     def rewards_and_distance(self, pairs: Sequence[int]) -> list[list[float]]:
@@ -169,20 +175,8 @@ class _Probe:
         return torch.linalg.vector_norm(torch.stack(norms)).item()
 
     def _hidden(self, pairs: Sequence[int]) -> Tensor:
-        """What the head reads at the last real token of all chosen, then all rejected sequences, (2P, H)."""
-        seen = []
-        hook = self.head.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["input"]), with_kwargs=True
-        )
+        """What the rewards of all chosen, then all rejected sequences are computed from, (2P, H)."""
         batch = self.collate([self.rows[i] for i in pairs])
-        mask = batch["attention_mask"].to(self.head.weight.device)
-        try:
-            self.model(input_ids=batch["input_ids"].to(mask.device), attention_mask=mask)
-        finally:
-            hook.remove()
-        if len(seen) != 1:
-            raise UserError(f"{type(self.model).__name__} called its scalar head {len(seen)} times in one forward")
-        hidden = seen[0]
-        if hidden.dim() == 3:
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), last_token(mask)]
-        return hidden
+        inputs = {name: batch[name].to(self.head.weight.device) for name in ("input_ids", "attention_mask")}
+        self.reader.expect()
+        return self.reader.take(self.model(**inputs).logits)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from normbt_kernels.functional import LAYOUTS
-from normbt_kernels.integrations.head import ModelInputs, find_head, find_owner
+from normbt_kernels.integrations.head import ModelInputs, find_head
 from normbt_kernels.modules import LinearNormBTLoss
 
 Scale = Callable[[Tensor], Tensor]  # the gradient of a batch's logits under BT -> under NormBT
@@ -74,20 +74,14 @@ def apply_normbt(
     """
     if _applied(model):
         raise ValueError(f"NormBT is already applied to this {type(model).__name__}: call remove_normbt(model) first")
-    head = find_head(model) if head is None else head
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise ValueError(f"head must be an nn.Linear with one output, got {head}")
+    found = find_head(model, head)
+    head = found.linear()
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    owner = find_owner(model, head)
     weights = PairWeights(layout, beta, eps, max_weight)
-    if not head.weight.requires_grad:
-        warnings.warn(
-            "the scalar head is frozen and will not be trained; with peft, pass task_type='SEQ_CLS' or "
-            "modules_to_save=[<name of the head>] in LoraConfig",
-            stacklevel=2,
-        )
-    weights.attach(head, owner)
+    if found.warning_if_frozen():
+        warnings.warn(found.warning_if_frozen(), stacklevel=2)
+    weights.attach(head, found.owner)
 
 
 def remove_normbt(model: nn.Module) -> None:
@@ -121,19 +115,18 @@ class PairWeights(LinearNormBTLoss):
 
     def attach(self, head: nn.Linear, owner: nn.Module | None) -> None:
         self.to(head.weight.device).train(head.training)
-        self._inputs = None if owner is None else ModelInputs(owner)
+        self._inputs = ModelInputs(owner)
         # First, because a pooled head's own hook expands the (N, 1) rewards that are wanted here.
         self._hook = head.register_forward_hook(self._after_head, prepend=True, with_kwargs=True)
         head.normbt = self
 
     def detach(self, head: nn.Linear) -> None:
         self._hook.remove()
-        if self._inputs is not None:
-            self._inputs.remove()
+        self._inputs.remove()
         del head.normbt
 
     def _after_head(self, head: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], logits: Tensor) -> None:
-        inputs = {} if self._inputs is None else self._inputs.take()
+        inputs = self._inputs.take()
         if self.training:
             self._weigh(head, args[0] if args else kwargs["input"], inputs, logits)
 
@@ -156,18 +149,10 @@ class PairWeights(LinearNormBTLoss):
 
     def _score_batch(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Scale:
         """Weighs the batch, updates mu, and returns what the gradient of its logits goes through."""
-        token = None if hidden.dim() == 2 else self._last_token(hidden, inputs)
+        token = None if hidden.dim() == 2 else self._inputs.unpadded_token(inputs, hidden)
         no_head = hidden.new_zeros(hidden.shape[-1])  # the rewards do not matter here
         _, stats = self(hidden.detach(), no_head, pairs=self.layout, last_token=token, return_stats=True)
         return partial(self._scale, stats.weight, token)
-
-    def _last_token(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        if self._inputs is None:
-            raise ValueError(
-                f"the head sees {tuple(hidden.shape)}, every token of each sequence, and no module around it takes "
-                "input_ids, which tell where the sequences end"
-            )
-        return self._inputs.unpadded_token(inputs, hidden)
 
     def _scale(self, weight: Tensor, token: Tensor | None, gradient: Tensor) -> Tensor:
         """The gradient of the logits under NormBT, in its own dtype, from that under BT; computed in fp32 or wider."""

@@ -4,54 +4,101 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normbt_kernels.errors import UserError
 
-def find_head(model: nn.Module) -> nn.Linear:
-    """The last `nn.Linear` with one output, in registration order: the layer that turns a row into a reward.
 
-    Mixture-of-experts gates have one output too, which is why the last one is taken and not the only one.
+@dataclass(frozen=True)
+class Head:
+    """The scalar head of a model, as the model's forward calls it.
+
+    Attributes:
+        name: of the attribute that holds it, as peft's `modules_to_save` takes it.
+        module: the `nn.Linear`; under peft the copy that is in use, or the adapter layer around the `nn.Linear`.
+        owner: the module that calls it: the innermost one around it whose forward takes `input_ids`, None if none does.
+    """
+
+    name: str
+    module: nn.Module
+    owner: nn.Module | None
+
+    def linear(self) -> nn.Linear:
+        """The head, which is a layer by itself.
+
+        Raises:
+            ValueError: it is wrapped in LoRA matrices, or something else than an `nn.Linear` with one output.
+        """
+        if hasattr(self.module, "base_layer"):
+            raise UserError(
+                f"the scalar head {self.name!r} is adapted by LoRA, so that no single layer reads the hidden states: "
+                "train it in full, with modules_to_save in place of target_modules in LoraConfig"
+            )
+        if not isinstance(self.module, nn.Linear) or self.module.out_features != 1:
+            raise UserError(f"head must be an nn.Linear with one output, got {self.module}")
+        return self.module
+
+    def warning_if_frozen(self) -> str | None:
+        """What to tell whoever trains the model, None if the head is trained."""
+        if any(parameter.requires_grad for parameter in self.module.parameters()):
+            return None
+        return (
+            "the scalar head is frozen and will not be trained; with peft, pass task_type='SEQ_CLS' or "
+            f"modules_to_save=[{self.name!r}] in LoraConfig"
+        )
+
+
+def find_head(model: nn.Module, module: nn.Module | None = None) -> Head:
+    """The last layer with one output, in registration order: the one that turns a row into a reward. Or `module`.
+
+    Mixture-of-experts gates have one output too, which is why the last one is taken and not the only one. Of peft's
+    copies of a head the one of the active adapter is taken.
 
     Raises:
-        ValueError: the model has no such layer, has one for several labels, or has wrapped it in LoRA matrices.
+        ValueError: the model has no such layer or has one for several labels; or `module` is no part of it.
     """
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    heads = [(name, module) for name, module in linears if module.out_features == 1]
-    num_labels = getattr(getattr(model, "config", None), "num_labels", 1)
-    if not heads or linears[-1][1].out_features == num_labels != 1:
-        raise ValueError(
-            f"{type(model).__name__} (num_labels={num_labels}) has no Linear layer with one output: a reward model "
-            "needs a scalar head (load it with AutoModelForSequenceClassification and num_labels=1)"
-        )
-    name, head = heads[-1]
-    wrapped, is_lora, _ = name.rpartition(".lora_B.")
-    if is_lora:
-        raise ValueError(
-            f"the scalar head {wrapped!r} is adapted by LoRA, so that no single layer reads the hidden states: train "
-            "it in full, with modules_to_save in place of target_modules in LoraConfig"
-        )
-    return head
+    called = list(_called_modules(model))
+    if module is not None:
+        heads = [head for head in called if head[1] is module]
+        if not heads:
+            raise UserError(f"head {type(module).__name__} is not a module of this {type(model).__name__}")
+    else:
+        layers = [layer for layer in called if _num_outputs(layer[1]) is not None]
+        heads = [layer for layer in layers if _num_outputs(layer[1]) == 1]
+        num_labels = getattr(getattr(model, "config", None), "num_labels", 1)
+        if not heads or _num_outputs(layers[-1][1]) == num_labels != 1:
+            raise UserError(
+                f"{type(model).__name__} (num_labels={num_labels}) has no Linear layer with one output: a reward model "
+                "needs a scalar head (load it with AutoModelForSequenceClassification and num_labels=1)"
+            )
+    name, head, around = heads[-1]
+    owners = [outer for outer in around if "input_ids" in inspect.signature(outer.forward).parameters]
+    return Head(name, head, owners[-1] if owners else None)
 
 
-def find_owner(model: nn.Module, head: nn.Module) -> nn.Module | None:
-    """The module that calls `head`: the innermost one around it whose forward takes `input_ids`, None if none does.
+def _called_modules(
+    module: nn.Module, name: str = "", around: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    """Each module that a forward may call, with its name and those around it: not what an adapter layer wraps, and of
+    the copies in peft's `modules_to_save` only the one in use."""
+    copies = getattr(module, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        active = [adapter for adapter in module.active_adapters if adapter in copies]
+        yield from _called_modules(copies[active[0]] if active else module.original_module, name, around)
+        return
+    yield name, module, around
+    if not hasattr(module, "base_layer"):
+        for child_name, child in module.named_children():
+            yield from _called_modules(child, child_name, (*around, module))
 
-    Raises:
-        ValueError: `head` is no part of `model`.
-    """
-    name = next((name for name, module in model.named_modules() if module is head), None)
-    if name is None:
-        raise ValueError(f"head {type(head).__name__} is not a module of this {type(model).__name__}")
-    while name:
-        name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
-        if "input_ids" in inspect.signature(module.forward).parameters:
-            return module
-    return None
+
+def _num_outputs(layer: nn.Module) -> int | None:
+    return getattr(getattr(layer, "base_layer", layer), "out_features", None)
 
 
 def refuse_fused_liger(args: Any) -> None:
@@ -60,18 +107,10 @@ def refuse_fused_liger(args: Any) -> None:
         ValueError: `args`, TrainingArguments, have Liger replace the forward that calls the head.
     """
     if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
-        raise ValueError(
+        raise UserError(
             "use_liger_kernel=True replaces the model's forward by that of a language model, which needs an lm_head: "
             "pass liger_kernel_config={'fused_linear_cross_entropy': False} to keep Liger's other kernels"
         )
-
-
-def frozen_head_warning(name: str) -> str:
-    """What to tell whoever trains with the head `name` frozen."""
-    return (
-        "the scalar head is frozen and will not be trained; with peft, pass task_type='SEQ_CLS' or "
-        f"modules_to_save=[{name!r}] in LoraConfig"
-    )
 
 
 def last_token(is_token: Tensor) -> Tensor:
@@ -80,30 +119,111 @@ def last_token(is_token: Tensor) -> Tensor:
     return (is_token * positions).argmax(dim=1)
 
 
-class HeadInput:
-    """Keeps what `head` reads in the forward pass between `expect` and `take`, and in no other.
+def each_at(token: Tensor) -> tuple[Tensor, Tensor]:
+    """The index of one token of each sequence: `hidden[each_at(token)]` is `(N, H)` for `token` `(N,)`."""
+    return torch.arange(len(token), device=token.device), token
 
-    The hook is registered once: torch.compile traces hooks when it first compiles and never looks for new ones.
+
+def mask_of(inputs: Mapping[str, Any], hidden: Tensor) -> Tensor | None:
+    """The attention mask `(N, S)` that a model is called with, None if it has none or one of another shape."""
+    mask = inputs.get("attention_mask")
+    return mask.to(hidden.device) if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2] else None
+
+
+class HeadReader:
+    """Reads the rows that a model's rewards are computed from, in the forward passes between `expect` and `take`.
+
+        hidden (N, S, H) -> rows (N, H)    decoders: at the token that the model scores, as `ModelInputs` finds it
+        hidden (N, H)    -> as it is       the head sees rows that are pooled already
+
+    The first time, the model's own rewards are compared with what its head gave for these rows: a model that pools in
+    another way is refused, and would be trained by other distances and rewards than it has once it is saved.
+
+    The hooks are registered once: torch.compile traces hooks when it first compiles and never looks for new ones.
+
+    Args:
+        head: as `find_head` finds it.
+        pool: let the head see nothing but the rows. Its rewards stand at their tokens, and NaN at all others, so that
+            no model reads another one unnoticed.
     """
 
-    def __init__(self, head: nn.Linear):
-        self._input: Tensor | None = None
-        self._expected = False
-        head.register_forward_pre_hook(self._keep, with_kwargs=True)
-
-    def _keep(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        if self._expected:
-            self._input = args[0] if args else kwargs["input"]
+    def __init__(self, head: Head, pool: bool = False):
+        self._name, self._pool = head.name, pool
+        self._inputs = ModelInputs(head.owner)
+        self._expected = self._agreed = False
+        self._tokens: tuple[Tensor, Tensor] | None = None
+        self._rows: Tensor | None = None
+        self._scored: Tensor | None = None
+        self._hooks = (
+            head.module.register_forward_pre_hook(self._before_head, with_kwargs=True),
+            head.module.register_forward_hook(self._after_head, prepend=True),  # before a pooled head expands
+        )
 
     def expect(self) -> None:
-        """The next forward pass is the one to keep."""
+        """The next forward pass is the one to read."""
         self._expected = True
 
-    def take(self) -> Tensor:
-        """The input of that forward pass, once: `(N, S, H)` for decoders, `(N, H)` where the head sees pooled
-        rows. Nothing is kept afterwards, so activations live no longer than their step."""
-        hidden, self._input, self._expected = self._input, None, False
-        return hidden
+    def take(self, rewards: Tensor) -> Tensor:
+        """The rows `(N, H)` of that forward pass, which gave `rewards`, `(N,)` or `(N, 1)`. Nothing is kept
+        afterwards, so activations live no longer than their step.
+
+        Raises:
+            ValueError: the head was not called; there is not one reward for each row; or, the first time, these are
+                not the rewards of these rows.
+        """
+        rows, scored = self._rows, self._scored
+        self._expected, self._tokens, self._rows, self._scored = False, None, None, None
+        if rows is None:
+            raise UserError(
+                f"the forward of the model did not call its scalar head {self._name!r}: a patched forward that scores "
+                "by itself cannot be followed, nor can a head whose adapter is not the active one"
+            )
+        if rewards.numel() != len(rows):
+            raise UserError(
+                f"expected one reward for each of {len(rows)} sequences, got logits {tuple(rewards.shape)}: load the "
+                "model with num_labels=1"
+            )
+        if not self._agreed:
+            self._compare(rewards.detach().reshape(-1).to(scored), scored)
+            self._agreed = True
+        return rows
+
+    def _compare(self, rewards: Tensor, scored: Tensor) -> None:
+        if not torch.allclose(rewards, scored, equal_nan=True):
+            off = (rewards - scored).abs().max().item()
+            raise UserError(
+                "the model's own rewards are not those of the last token of each sequence that is no padding, where "
+                f"NormBT reads its head {self._name!r}: they are up to {off:.3g} apart; have the model pool its hidden "
+                "states before its head (EuroBERT: classifier_pooling='mean'), or pad on the left if it is called with "
+                "embeddings (prompt tuning)"
+            )
+
+    def remove(self) -> None:
+        for hook in (*self._hooks, self._inputs):
+            hook.remove()
+
+    def _before_head(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]):
+        inputs = self._inputs.take()
+        if not self._expected:
+            return None
+        self._rows = hidden = args[0] if args else kwargs["input"]
+        if hidden.dim() == 2:
+            return None
+        self._tokens = each_at(self._inputs.unpadded_token(inputs, hidden))
+        self._rows = hidden[self._tokens]
+        self._length = hidden.shape[1]
+        return ((self._rows,), {}) if self._pool else None
+
+    def _after_head(self, module: nn.Module, args: tuple[Tensor, ...], rewards: Tensor) -> Tensor | None:
+        if not self._expected:
+            return None
+        if self._pool and self._tokens is not None:
+            self._scored = rewards.detach().reshape(-1)
+            logits = rewards.new_full((len(rewards), self._length, 1), float("nan"))
+            logits[self._tokens] = rewards
+            return logits
+        self._scored = (rewards if self._tokens is None else rewards[self._tokens]).detach().reshape(-1)
+        return None
 
 
 class ModelInputs:
@@ -112,17 +232,19 @@ class ModelInputs:
     A head sees hidden states only, and cannot know by itself which token of a sequence its reward is read at.
 
     Args:
-        owner: the module that calls the head, as `find_owner` finds it.
+        owner: the module that calls the head, as `find_head` finds it.
     """
 
-    def __init__(self, owner: nn.Module):
+    def __init__(self, owner: nn.Module | None):
         self.owner = owner
-        self._names = tuple(inspect.signature(owner.forward).parameters)
         self._inputs: Mapping[str, Any] | None = None
-        self._hooks = (
-            owner.register_forward_pre_hook(self._begin, with_kwargs=True),
-            owner.register_forward_hook(self._end),
-        )
+        self._hooks = ()
+        if owner is not None:
+            self._names = tuple(inspect.signature(owner.forward).parameters)
+            self._hooks = (
+                owner.register_forward_pre_hook(self._begin, with_kwargs=True),
+                owner.register_forward_hook(self._end),
+            )
 
     def take(self) -> Mapping[str, Any]:
         """The arguments of the forward in progress, by name, once; none where the owner's forward is not running."""
@@ -131,21 +253,29 @@ class ModelInputs:
 
     def unpadded_token(self, inputs: Mapping[str, Any], hidden: Tensor) -> Tensor:
         """The token of `hidden` (N, S, H) that transformers' classifiers score, (N,): the rightmost one that is not
-        the pad token; without token ids or a pad token the last position.
+        the pad token. Without token ids or a pad token, the last one of the mask; without a mask, the last position.
 
         Raises:
-            ValueError: the head was called alone, or sees other sequences than the model.
+            ValueError: the head was called alone, or sees other sequences than the model, or its owner is unknown.
         """
+        if self.owner is None:
+            raise UserError(
+                f"the head sees {tuple(hidden.shape)}, every token of each sequence, and no module around it takes "
+                "input_ids, which tell where the sequences end"
+            )
         if not inputs:
-            raise ValueError(
+            raise UserError(
                 f"the head of {type(self.owner).__name__} was called with {tuple(hidden.shape)} outside the forward of "
                 "its model, which tells it where the sequences end: call the model"
             )
         input_ids, pad_token_id = inputs.get("input_ids"), self._pad_token_id()
         if input_ids is None or pad_token_id is None:
-            return torch.full(hidden.shape[:1], hidden.shape[1] - 1, device=hidden.device)
+            is_token = mask_of(inputs, hidden)
+            if is_token is None:
+                return torch.full(hidden.shape[:1], hidden.shape[1] - 1, device=hidden.device)
+            return last_token(is_token)
         if input_ids.shape != hidden.shape[:2]:
-            raise ValueError(
+            raise UserError(
                 f"{type(self.owner).__name__} was called with input_ids {tuple(input_ids.shape)}, but its head sees "
                 f"{tuple(hidden.shape)}: packed or sharded sequences have no single last token"
             )
@@ -163,7 +293,7 @@ class ModelInputs:
 
     def _begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and inspect.unwrap(owner.forward).__module__.startswith("liger_kernel."):
-            raise ValueError(
+            raise UserError(
                 f"Liger has replaced the forward of {type(owner).__name__} by that of a language model, which needs an "
                 "lm_head: pass liger_kernel_config={'fused_linear_cross_entropy': False} to keep its other kernels"
             )
@@ -171,7 +301,7 @@ class ModelInputs:
 
     def _end(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.take() and owner.training and torch.is_grad_enabled():
-            raise ValueError(
+            raise UserError(
                 f"the forward of {type(owner).__name__} did not call its scalar head: a patched forward (Liger, "
                 "Unsloth) that scores by itself cannot be followed, nor can a head whose adapter is switched off"
             )

@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from normbt_kernels.integrations.head import ModelInputs, find_head, find_owner, last_token
+from normbt_kernels.errors import UserError
+from normbt_kernels.integrations.head import ModelInputs, each_at, find_head, last_token, mask_of
 
 
 def pool_head(model: nn.Module, head: nn.Linear | None = None) -> PooledHead:
-    """Makes the scalar head of a decoder classifier a `PooledHead`; `unpool_head` undoes it.
+    """Makes the scalar head of a decoder classifier a `PooledHead`.
 
     The module, its parameters, its name and the checkpoint's keys stay; only its class changes. Works on a bare or a
     peft model, before or after `get_peft_model`, and before `fully_shard`, DDP and `torch.compile` (no graph break).
@@ -27,29 +28,15 @@ def pool_head(model: nn.Module, head: nn.Linear | None = None) -> PooledHead:
         ValueError: the model has no scalar head, or it is pooled already, is not a plain `nn.Linear` (quantised,
             sharded by itself), or is in no module whose forward takes `input_ids`.
     """
-    head = find_head(model) if head is None else head
-    if type(head) is not nn.Linear or head.out_features != 1:
-        raise ValueError(f"only a plain nn.Linear with one output can be pooled, got {type(head).__name__}: {head}")
-    owner = find_owner(model, head)
-    if owner is None:
-        raise ValueError(f"no module of {type(model).__name__} around its head takes input_ids")
+    found = find_head(model, head)
+    head = found.linear()
+    if type(head) is not nn.Linear:
+        raise UserError(f"only a plain nn.Linear with one output can be pooled, got {type(head).__name__}: {head}")
+    if found.owner is None:
+        raise UserError(f"no module of {type(model).__name__} around its head takes input_ids")
     head.__class__ = PooledHead
-    head._attach(owner)
+    head._attach(found.owner)
     return head
-
-
-def unpool_head(model: nn.Module) -> None:
-    """Makes each `PooledHead` of the model the `nn.Linear` that it was.
-
-    Raises:
-        ValueError: the model has none.
-    """
-    heads = [module for module in model.modules() if isinstance(module, PooledHead)]
-    if not heads:
-        raise ValueError(f"{type(model).__name__} has no pooled head")
-    for head in heads:
-        head._detach()
-        head.__class__ = nn.Linear
 
 
 class PooledHead(nn.Linear):
@@ -59,9 +46,9 @@ class PooledHead(nn.Linear):
     scored even where the pad token is the same, which transformers' classifiers would skip. Without a mask it is
     theirs: the rightmost token that is not the pad token.
 
-    What enters its forward, and all that hooks on it see, are the pooled rows (N, H): `HeadInput` keeps these. The
-    model's logits are the rewards, fp32 (fp64 for fp64 rows) under autocast too. The gradients are those of scoring
-    every token in that precision. The heads of encoders, which see (N, H), keep their rows and gain the fp32 rewards.
+    What enters its forward, and all that hooks on it see, are the pooled rows (N, H). The model's logits are the
+    rewards, fp32 (fp64 for fp64 rows) under autocast too. The gradients are those of scoring every token in that
+    precision. The heads of encoders, which see (N, H), keep their rows and gain the fp32 rewards.
 
     Nothing but its own forward reads its weight, so that sharded weights (FSDP2, ZeRO-3) are gathered as for any layer.
     """
@@ -78,27 +65,17 @@ class PooledHead(nn.Linear):
         # (N, S, 1), for its shape: torch.compile would compile anew for each number S.
         self._tokens: Tensor | None = None
         # Pooling before all other hooks of the head, expanding after them.
-        self._hooks = (
-            self.register_forward_pre_hook(PooledHead._pool, prepend=True),
-            self.register_forward_hook(PooledHead._expand),
-        )
-
-    def _detach(self) -> None:
-        for hook in (*self._hooks, self._inputs):
-            hook.remove()
-        del self._inputs, self._tokens, self._hooks
+        self.register_forward_pre_hook(PooledHead._pool, prepend=True)
+        self.register_forward_hook(PooledHead._expand)
 
     def _pool(self, args: tuple[Tensor]) -> Tensor:
         (hidden,), inputs = args, self._inputs.take()
         if hidden.dim() == 2:
             return hidden
         self._tokens = hidden.detach()[:, :, :1]
-        mask = inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
-            token = last_token(mask.to(hidden.device))
-        else:
-            token = self._inputs.unpadded_token(inputs, hidden)
-        return hidden[torch.arange(hidden.shape[0], device=hidden.device), token]
+        mask = mask_of(inputs, hidden)
+        token = self._inputs.unpadded_token(inputs, hidden) if mask is None else last_token(mask)
+        return hidden[each_at(token)]
 
     def _expand(self, args: tuple[Tensor], rewards: Tensor) -> Tensor:
         tokens, self._tokens = self._tokens, None

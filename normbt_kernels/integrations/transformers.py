@@ -16,21 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging
 
 from normbt_kernels.data.collator import CONSTANTS, PreferenceCollator
 from normbt_kernels.data.preferences import tokenize_dataset
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import (
-    find_head,
-    find_owner,
-    frozen_head_warning,
-    last_token,
-    refuse_fused_liger,
-)
-from normbt_kernels.integrations.pooled_head import pool_head
+from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger
+from normbt_kernels.integrations.pooled_head import PooledHead
 from normbt_kernels.modules import DistanceEMA, LinearNormBTLoss, NormBTLoss
 
 logger = logging.get_logger(__name__)
@@ -106,7 +99,7 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = pair_accuracy,
         **kwargs: Any,
     ):
-        head_name, head = called_head(model)
+        head = find_head(model)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("pass the tokenizer as processing_class, or a data_collator")
@@ -124,26 +117,26 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
         _check_arguments(self.args)
         self.args.logging_nan_inf_filter = False
         self.accelerator.dataloader_config.dispatch_batches = False
-        if not any(parameter.requires_grad for parameter in head.parameters()):
-            logger.warning(frozen_head_warning(head_name))
+        if head.warning_if_frozen():
+            logger.warning(head.warning_if_frozen())
         if isinstance(data_collator, PreferenceCollator):
             tokenizer = data_collator.tokenizer
-            _align_padding(model, tokenizer)
+            _align_padding(head.owner, tokenizer)
             self._max_length = tokenizer.model_max_length if max_length is None else max_length
             self.train_dataset = self._tokenized(self.train_dataset, "train_dataset")
             self.eval_dataset = self._tokenized(self.eval_dataset, "eval_dataset")
 
-        reason = self._why_not_fused(head)
+        reason = self._why_not_fused(head.module)
         self.pair_loss, self.fused = loss_and_form(loss, reason)
         self.pair_loss.to(self.args.device)
         if self.fused:
-            logger.info(f"NormBT is fused with the head {head_name!r}, whose weight is a plain, whole tensor")
+            logger.info(f"NormBT is fused with the head {head.name!r}, whose weight is a plain, whole tensor")
         else:
             logger.info(f"NormBT takes the model's own rewards: {reason or 'the loss given does not take the weight'}")
-            if type(head) is nn.Linear and find_owner(model, head) is not None:
-                pool_head(model, head)  # which computes them in fp32
-        self.head_name, self.head = head_name, head
-        self.head_rows = HeadRows(head)
+        in_fp32 = not self.fused and type(head.module) is nn.Linear
+        if in_fp32:
+            head.module.__class__ = PooledHead
+        self.head, self.head_reader = head.module, HeadReader(head, pool=in_fp32)
         self._totals = TrainTotals(self.args.device)
         self._finite_loss = torch.zeros((), device=self.args.device)
 
@@ -225,16 +218,10 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
         if num_rows % 2:
             raise ValueError(f"a batch holds all chosen sequences, then as many rejected: got {num_rows} sequences")
         constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
-        self.head_rows.expect(last_token(inputs["attention_mask"]))
+        self.head_reader.expect()
         outputs = model(**{name: value for name, value in inputs.items() if name not in CONSTANTS})
-        rows = self.head_rows.take()
         rewards = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        if rows is None or rewards.numel() != num_rows:
-            raise ValueError(
-                f"expected one reward for each of {num_rows} sequences, from the head {self.head_name!r}, got logits "
-                f"{tuple(rewards.shape)}, and the head was {'not ' if rows is None else ''}called: load the model "
-                "with num_labels=1"
-            )
+        rows = self.head_reader.take(rewards)
         self.pair_loss.train(model.training)  # evaluation does not move mu
         if self.fused:
             terms = (rows, self.head.weight, self.head.bias)
@@ -283,88 +270,15 @@ def _check_arguments(args: TrainingArguments) -> None:
     refuse_fused_liger(args)
 
 
-def _align_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives the model the tokenizer's pad token if it has none, without which decoders refuse to be evaluated."""
-    decoder = next((module for module in model.modules() if isinstance(module, GenericForSequenceClassification)), None)
-    if decoder is None:
-        return
-    config = decoder.config.get_text_config()
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        logger.warning(
-            "the pad token is the end-of-sequence token: rewards are trained at each sequence's true last token, but "
-            "the saved model's own forward takes the last one that is not the pad token: better give the tokenizer a "
-            "pad token of its own"
-        )
+def _align_padding(owner: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Has the model know the tokenizer's pad token, by which it finds the token to score, from the start: `Trainer`
+    sees to it in `train`, and decoders without one refuse to be evaluated before."""
+    config = getattr(owner, "config", None)
+    if hasattr(config, "get_text_config"):
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-# --- the head ------------------------------------------------------------------------------------------------------
-
-
-def called_head(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the scalar head as the model calls it: under peft the copy in `modules_to_save` that is in
-    use, or the adapter layer around the `Linear`.
-
-    Raises:
-        ValueError: the model has no scalar head.
-    """
-    modules = dict(model.named_modules())
-    path = next((name for name in reversed(modules) if getattr(modules[name], "out_features", None) == 1), "").split(
-        "."
-    )
-    for depth, name in enumerate(path, start=1):
-        module = modules[".".join(path[:depth])]
-        copies = getattr(module, "modules_to_save", None)
-        if isinstance(copies, nn.ModuleDict):
-            inside = path[depth + 2 :]  # past modules_to_save.<adapter>, where the copy is of more than the head
-            return [name, *inside][-1], copies[module.active_adapters[0]].get_submodule(".".join(inside))
-        if hasattr(module, "base_layer"):
-            return name, module
-    return path[-1], find_head(model)
-
-
-class HeadRows:
-    """Lets `head` see only the last token of each sequence, in the forward pass between `expect` and `take`:
-
-        (N, S, H) -> (N, 1, H) -> head -> (N, 1, 1) -> (N, S, 1), expanded
-
-    so that the model finds the reward of the true last token whichever one it pools, and no other is scored. Rows that
-    are pooled already, (N, H), pass as they are.
-
-    The hooks are registered once: torch.compile traces hooks when it first compiles and never looks for new ones.
-    """
-
-    def __init__(self, head: nn.Module):
-        self._last_token: Tensor | None = None
-        self._rows: Tensor | None = None
-        self._length: int | None = None  # S, while the head sees rows of (N, S, H)
-        head.register_forward_pre_hook(self._pool, with_kwargs=True)
-        head.register_forward_hook(self._expand)
-
-    def expect(self, last_token: Tensor) -> None:
-        """The next forward pass is the one to pool, at `last_token` (N,)."""
-        self._last_token = last_token
-
-    def take(self) -> Tensor | None:
-        """What the head saw in that forward pass, `(N, H)`, once; None if it was not called. Nothing is kept
-        afterwards, so activations live no longer than their step."""
-        rows, self._rows, self._last_token = self._rows, None, None
-        return rows
-
-    def _pool(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]):
-        if self._last_token is None:
-            return None
-        self._rows = hidden = args[0] if args else kwargs["input"]
-        if hidden.dim() == 2:
-            return None
-        self._length = hidden.shape[1]
-        self._rows = hidden[torch.arange(len(hidden), device=hidden.device), self._last_token.to(hidden.device)]
-        return (self._rows.unsqueeze(1),), {}
-
-    def _expand(self, module: nn.Module, args: tuple[Tensor, ...], rewards: Tensor) -> Tensor | None:
-        length, self._length = self._length, None
-        return None if length is None else rewards.expand(-1, length, -1)
+# --- the loss ------------------------------------------------------------------------------------------------------
 
 
 def loss_and_form(loss: nn.Module | None, why_not_fused: str | None) -> tuple[nn.Module, bool]:

@@ -21,7 +21,7 @@ from trl import RewardTrainer
 
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import HeadInput, find_head, frozen_head_warning, last_token, refuse_fused_liger
+from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger
 from normbt_kernels.modules import NormBTLoss
 
 logger = logging.get_logger(__name__)
@@ -80,11 +80,10 @@ class NormBTRewardMixin(LossInCheckpoints):
     ):
         super().__init__(*args, **kwargs)
         refuse_fused_liger(self.args)
-        self.head_path, head = _scalar_head(self.model)
-        adapted = self.model.get_submodule(self.head_path.removesuffix(".base_layer"))
-        if not any(parameter.requires_grad for parameter in adapted.parameters()):
-            logger.warning(frozen_head_warning(self.head_path.rpartition(".")[2]))
-        self.head_input = HeadInput(head)
+        head = find_head(self.model)
+        if head.warning_if_frozen():
+            logger.warning(head.warning_if_frozen())
+        self.head_reader = HeadReader(head)
         self.pair_loss = NormBTLoss(
             beta,
             eps,
@@ -123,29 +122,15 @@ class NormBTRewardMixin(LossInCheckpoints):
                 f"{tuple(inputs['input_ids'].shape)}"
             )
         model_inputs = {name: value for name, value in inputs.items() if name != "margin"} | {"use_cache": False}
-        self.head_input.expect()
+        self.head_reader.expect()
         outputs = model(**model_inputs)
-        hidden = self.head_input.take()
-        if hidden is None:
-            raise ValueError(
-                f"the forward of the model did not call its scalar head {self.head_path!r}: a patched forward that "
-                "scores by itself cannot be followed, nor can a head whose adapter is not the active one"
-            )
-        rows = self._pooled_rows(hidden.detach(), inputs["input_ids"])
+        rows = self.head_reader.take(outputs.logits).detach()
         self.pair_loss.train(self.model.training)  # evaluation does not move mu
         loss, stats = self.pair_loss(
             *outputs.logits.chunk(2), *rows.chunk(2), margin=inputs.get("margin"), return_stats=True
         )
         self._keep_metrics(stats, inputs["attention_mask"])
         return (loss, outputs) if return_outputs else loss
-
-    def _pooled_rows(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """The rows that the model's rewards are computed from, (2B, H): of decoders, those of the rightmost token that
-        is not the pad token, which is where transformers' classifiers read."""
-        if hidden.dim() == 2:
-            return hidden
-        positions = last_token(input_ids != self.model.config.get_text_config().pad_token_id)
-        return hidden[torch.arange(hidden.shape[0], device=hidden.device), positions]
 
     def _keep_metrics(self, stats: NormBTStats, attention_mask: Tensor) -> None:
         rewards = torch.cat([stats.chosen_rewards, stats.rejected_rewards])
@@ -190,16 +175,3 @@ class NormBTRewardTrainer(NormBTRewardMixin, RewardTrainer):
 
     Takes a `RewardConfig` and everything else that `RewardTrainer` takes.
     """
-
-
-def _scalar_head(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Path and module of the head: the last `Linear` with one output that is no factor of LoRA. So it is one that reads
-    the hidden states under peft too: LoRA's base layer, or the copy that modules_to_save trains."""
-    heads = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == 1 and ".lora_" not in path
-    ]
-    if not heads:
-        find_head(model)  # says what is missing
-    return heads[-1]

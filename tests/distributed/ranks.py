@@ -20,8 +20,8 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss
 from normbt_kernels.commands.losses import LinearBTLoss
-from normbt_kernels.integrations.head import last_token
-from normbt_kernels.integrations.transformers import HeadRows, NormBTTrainer, PreferenceCollator
+from normbt_kernels.integrations.head import HeadReader, find_head
+from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 
@@ -163,7 +163,7 @@ def unequal_batches(num_ranks):
 def fully_sharded_loop(folder):
     """The mean over all ranks' pairs is a sum, divided by their number, times the ranks that FSDP averages over."""
     model = make_model()
-    rows = HeadRows(model.score)
+    reader = HeadReader(find_head(model))
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -177,9 +177,9 @@ def fully_sharded_loop(folder):
     for of_ranks in unequal_batches(dist.get_world_size()):
         batch = collate([all_pairs[i] for i in of_ranks[dist.get_rank()]])
         margin = batch.pop("margin")
-        rows.expect(last_token(batch["attention_mask"]))
+        reader.expect()
         rewards = model(**batch).logits[:, 0]
-        loss = loss_fn(*rewards.chunk(2), *rows.take().chunk(2), margin=margin)
+        loss = loss_fn(*rewards.chunk(2), *reader.take(rewards).chunk(2), margin=margin)
         (loss * dist.get_world_size() / sum(map(len, of_ranks))).backward()
         optimizer.step()
         optimizer.zero_grad()
