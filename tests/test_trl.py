@@ -725,7 +725,7 @@ def test_forward_that_skips_the_head_found_is_refused(tokenizer, tmp_path):
     model = make_model()
     trainer = make_trainer(NormBTRewardTrainer, model, tokenizer, tmp_path, make_dataset(4))
     model.score = torch.nn.Linear(16, 1, bias=False)
-    with pytest.raises(ValueError, match="did not call its scalar head 'score'"):
+    with pytest.raises(ValueError, match="did not call its scalar head"):
         trainer.train()
 
 

@@ -106,7 +106,7 @@ def _checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token == tokenizer.eos_token:
         logger.warning(
             "the pad token is the end-of-sequence token: a final one is not scored, but the token before it, which is "
-            "not what NormBTTrainer trains"
+            "not what frameworks train that score the last token of the mask (OpenRLHF, LLaMA-Factory)"
         )
     return tokenizer
 

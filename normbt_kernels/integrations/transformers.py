@@ -46,13 +46,13 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
     Data sets hold `chosen` and `rejected` as text or as lists of `{role, content}` messages, laid out by the
     tokenizer's chat template, with or without a `prompt` before them; and, if wanted, the numbers `margin` (subtracted
     from the pair's difference of rewards) and `pair_weight` (multiplied with its loss). Or they hold `chosen_ids` and
-    `rejected_ids`, token ids already. The rewards of decoders are read at the last real token of the attention mask,
-    also where the pad token is the end-of-sequence token.
+    `rejected_ids`, token ids already. The rewards of decoders are read where the saved model will score: at the
+    rightmost token that is not the pad token. At the first batch they are compared with the model's own.
 
     The fused head is used where the head's weight is a plain, whole tensor on this rank (one device, DDP), and gives
     fp32 rewards. Otherwise the rewards are the model's own, and the loss reads only the distance from the hidden
-    states: fp32 rewards, by `pool_head`, where the weight is sharded (FSDP, ZeRO-3); those that the head gives where it
-    is quantised or LoRA is on it. The log says which form is used, and why.
+    states: in fp32, by `PooledHead`, where the weight is sharded (FSDP, ZeRO-3); as the head gives them where it is
+    quantised or LoRA is on it. The log says which form is used, and why.
 
     Ranks: gradients are averaged over ranks as DDP and FSDP do; `mu` is the mean over all ranks' pairs, by one
     reduction of two floats per micro-batch. accelerate's `even_batches` (its default) gives every rank as many pairs,
@@ -78,7 +78,7 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
     Raises:
         ValueError: the model has no scalar head; the data are no preference pairs (naming the row); the head cannot be
             fused, and the loss needs its weight; Liger would replace the model's forward; or the process would drive
-            several GPUs by `nn.DataParallel`.
+            several GPUs by `nn.DataParallel`. At the first batch: the model pools in another way.
     """
 
     # The loss is a mean over the pairs of a micro-batch: Trainer divides it by the accumulation steps (5.17 does so
