@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-CONSTANTS = ("margin", "pair_weight")  # what a pair may have beside its two sequences
+from normbt_kernels.data.tokens import CONSTANTS, check_ids
 
 
 @dataclass
@@ -29,7 +29,8 @@ class PreferenceCollator:
     `pair_weight` `(B,)` if the rows have them.
 
     Raises:
-        ValueError: the tokenizer has no pad token, or the rows have no token ids.
+        ValueError: the tokenizer has no pad token; or the rows have no token ids, an empty side, or a number in some of
+            them only.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,6 +47,9 @@ class PreferenceCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if not {"chosen_ids", "rejected_ids"} <= rows[0].keys():
             raise ValueError(f"rows need chosen_ids and rejected_ids, got the columns {sorted(rows[0])}")
+        constants = [name for name in CONSTANTS if any(name in row for row in rows)]
+        for i, row in enumerate(rows, start=1):
+            check_ids({name: None for name in constants} | dict(row), f"pair {i} of the batch")
         sequences = [torch.as_tensor(row[name]) for name in ("chosen_ids", "rejected_ids") for row in rows]
         length = max(len(sequence) for sequence in sequences)
         if self.pad_to_multiple_of is not None:
@@ -57,7 +61,6 @@ class PreferenceCollator:
             input_ids[i, start : start + len(sequence)] = sequence
             attention_mask[i, start : start + len(sequence)] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        for name in CONSTANTS:
-            if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        for name in constants:
+            batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         return batch

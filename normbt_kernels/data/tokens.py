@@ -1,0 +1,163 @@
+"""Pairs as token ids: laid out by the tokenizer, checked, and those that are no use to a loss left out and counted.
+
+    Preference -> {chosen_ids, rejected_ids, margin?, pair_weight?, category?}
+
+Left out are pairs with a sequence that is too long, and pairs whose two sides are the same tokens (a chat template may
+strip what told them apart): their distance is 0, their NormBT weight its cap, and there is nothing to prefer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from normbt_kernels.data.preferences import OPTIONAL_COLUMNS, Preference, Text
+from normbt_kernels.errors import UserError, first_line
+
+Row = Mapping[str, Any]
+SIDES = ("chosen_ids", "rejected_ids")
+CONSTANTS = ("margin", "pair_weight")  # what a pair may have for the loss beside its two sequences
+
+
+# --- tokenising ----------------------------------------------------------------------------------------------------
+
+
+def tokenize(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, description: str = "tokenizing") -> list:
+    """A row for each pair, as `tokenize_pair` makes it.
+
+    Raises:
+        UserError: as `tokenize_pair`.
+    """
+    return [tokenize_pair(pair, tokenizer) for pair in tqdm(pairs, desc=description, unit=" pairs", leave=False)]
+
+
+def tokenize_pair(pair: Preference, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The row `{chosen_ids, rejected_ids (int32 arrays), margin?, pair_weight?, category?}`.
+
+    Text gets the tokenizer's special tokens and its end-of-sequence token, if it has one; conversations are laid
+    out by the tokenizer's chat template.
+
+    Raises:
+        UserError: conversations, and the tokenizer has no chat template, or the template refuses one; or a text of
+            which no token is left.
+    """
+    ids = {f"{side}_ids": _token_ids(getattr(pair, side), pair, tokenizer) for side in ("chosen", "rejected")}
+    for name in SIDES:
+        if not len(ids[name]):
+            raise UserError(f"{pair.where}: {name.removesuffix('_ids')!r} has no tokens")
+    return ids | {name: getattr(pair, name) for name in OPTIONAL_COLUMNS if getattr(pair, name) is not None}
+
+
+def _token_ids(text: Text, pair: Preference, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    if isinstance(text, str):
+        ids = tokenizer(text)["input_ids"]
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+        return np.asarray(ids, dtype=np.int32)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{pair.where}: is a conversation, but the tokenizer has no chat template; give plain text instead"
+        )
+    try:
+        laid_out = tokenizer.apply_chat_template(text, tokenize=False, **pair.template)
+    except Exception as error:  # a template is a program of the model's authors: it may raise anything
+        raise UserError(f"{pair.where}: the chat template refuses it ({first_line(error)})") from error
+    return np.asarray(tokenizer(laid_out, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+
+def remark(pair: Preference, row: Row, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What looks wrong about a pair, and is trained as it is."""
+    if pair.repeats_prompt:
+        return "an answer begins with the prompt, which is put before it once more"
+    begin = tokenizer.bos_token_id
+    if begin is not None and any(list(row[name][:2]) == [begin, begin] for name in SIDES):
+        return f"a text begins with {tokenizer.bos_token}, and the tokenizer puts another one before it"
+    return None
+
+
+def summed_up(remarks: Iterable[tuple[str, str | None]]) -> list[str]:
+    """One line for each thing that was remarked, from (row, remark): where first, and in how many pairs."""
+    rows_of: dict[str, list[str]] = {}
+    for where, text in remarks:
+        if text is not None:
+            rows_of.setdefault(text, []).append(where)
+    return [
+        f"{rows[0]}: {text}" + (f" (and in {len(rows) - 1} more pairs)" if len(rows) > 1 else "")
+        for text, rows in rows_of.items()
+    ]
+
+
+# --- token ids -----------------------------------------------------------------------------------------------------
+
+
+def num_tokens(row: Row) -> int:
+    """Of the longer one of a pair's two sequences."""
+    return max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def is_identical(row: Row) -> bool:
+    """Whether both sides are the same tokens."""
+    return len(row["chosen_ids"]) == len(row["rejected_ids"]) and bool(
+        np.array_equal(row["chosen_ids"], row["rejected_ids"])
+    )
+
+
+def check_ids(row: Row, where: str, vocabulary: int | None = None) -> None:
+    """Raises UserError naming `where` if a row of token ids has an empty side, an id beyond the model's `vocabulary`, or
+    a margin or weight that is no number."""
+    for name in SIDES:
+        if not len(row[name]):
+            raise UserError(f"{where}: {name!r} is empty")
+        if vocabulary is not None and (largest := int(np.asarray(row[name]).max())) >= vocabulary:
+            raise UserError(
+                f"{where}: {name!r} has the token {largest}, but the model has embeddings for {vocabulary}: "
+                "model.resize_token_embeddings(len(tokenizer))"
+            )
+    for name in CONSTANTS:
+        if name in row and not _is_finite(row[name]):
+            raise UserError(f"{where}: {name!r} is not a finite number: {row[name]!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Which pairs a loss has no use for: longer than `max_length` tokens, or, unless they are kept, identical."""
+
+    max_length: float
+    keep_identical: bool = False
+
+    def keeps(self, row: Row) -> bool:
+        return num_tokens(row) <= self.max_length and (self.keep_identical or not is_identical(row))
+
+    def told(self, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+        """The pairs that are kept, and a line for each reason that others are not, such as "3 of 20 pairs are ..."."""
+        too_long = sum(num_tokens(row) > self.max_length for row in rows)
+        kept = [row for row in rows if self.keeps(row)]
+        return kept, self.reasons(len(rows), too_long, len(rows) - too_long - len(kept))
+
+    def reasons(self, num_pairs: int, too_long: int, identical: int) -> list[str]:
+        counted = (
+            (too_long, f"longer than {self.max_length} tokens"),
+            (identical, "the same tokens on both sides"),
+        )
+        return [f"{number} of {num_pairs} pairs are {reason}" for number, reason in counted if number]
+
+
+def truncated(rows: Sequence[Row], max_length: int, side: str) -> tuple[list[Row], int]:
+    """The rows with every sequence cut to `max_length` tokens at its "right" or "left" end, and how many pairs were."""
+    cut = [num_tokens(row) > max_length for row in rows]
+    part = slice(-max_length, None) if side == "left" else slice(max_length)
+    rows = [dict(row) | {name: row[name][part] for name in SIDES} for row in rows]
+    return rows, sum(cut)

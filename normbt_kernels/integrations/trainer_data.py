@@ -1,0 +1,197 @@
+"""Preference data in a `Trainer`: any data set of text, messages or token ids becomes one of checked token ids.
+
+    list, datasets.Dataset, map-style data set   read before training; left-out pairs are counted, and said
+    datasets.IterableDataset, torch stream       read as they come; the first left-out pair is said
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from normbt_kernels.data.collator import PreferenceCollator
+from normbt_kernels.data.preferences import parse_row
+from normbt_kernels.data.tokens import (
+    CONSTANTS,
+    SIDES,
+    LeftOut,
+    check_ids,
+    num_tokens,
+    remark,
+    summed_up,
+    tokenize_pair,
+)
+from normbt_kernels.errors import UserError
+
+logger = logging.get_logger(__name__)
+
+BY_LENGTH = ("group_by_length", "batch_rebalance")  # strategies of sampling that ask for each row's length
+
+
+class PairsInTrainer:
+    """Before a `Trainer` in the bases of a class: data sets as people have them, if `self.data_collator` is a
+    `PreferenceCollator`. `self.left_out` says which pairs are not used, `self.vocabulary` which tokens there are."""
+
+    left_out: LeftOut
+    vocabulary: int | None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*SIDES, *CONSTANTS]
+
+    def _tokenized(self, dataset: Any, name: str, whole: bool = False) -> Any:
+        """`dataset` as the collator takes it: token ids that are whole and fit; `whole` says that every pair counts.
+
+        Raises:
+            UserError: a row is no pair; or all pairs are left out, or one where all count.
+        """
+        if isinstance(dataset, dict):
+            return {key: self._tokenized(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+        if dataset is None or not isinstance(self.data_collator, PreferenceCollator):
+            return dataset
+        left_out = replace(self.left_out, keep_identical=self.left_out.keep_identical or whole)
+        read = _Reader(self.data_collator.tokenizer, name, left_out, self.vocabulary)
+        if isinstance(dataset, torch.utils.data.IterableDataset) and not hasattr(dataset, "map"):
+            return TokenStream(dataset, read)
+        if not hasattr(dataset, "__len__"):
+            return _tokenized_stream(dataset, read)
+        if not len(dataset):
+            return dataset
+        with self.args.main_process_first(desc=f"tokenizing {name}"):  # the others find it in the cache
+            tokenized, verdicts, remarks = _read_all(dataset, read)
+        for line in summed_up((f"{name}, row {i + 1}", text) for i, text in enumerate(remarks)):
+            logger.warning(line)
+        reasons = left_out.reasons(len(verdicts), verdicts.count("too long"), verdicts.count("identical"))
+        kept = [i for i, verdict in enumerate(verdicts) if verdict == "kept"]
+        if reasons and (whole or not kept):
+            raise UserError(f"{name}: {' and '.join(reasons)}")
+        for reason in reasons:
+            logger.warning(f"{name}: {reason}, and left out")
+        if not reasons:
+            return tokenized
+        return tokenized.select(kept) if hasattr(tokenized, "select") else [tokenized[i] for i in kept]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """As in `Trainer`; a data set given here may hold text or messages too."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
+        """As in `Trainer`; the data set may hold text or messages too, but no pair longer than `max_length`: the
+        predictions would not be those of the rows."""
+        return super().get_test_dataloader(self._tokenized(test_dataset, "test_dataset", whole=True))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """As in `Trainer`; where it goes by length, a pair is as long as the longer one of its sequences."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy in BY_LENGTH and has_length(rows):
+            import datasets
+
+            rows = datasets.Dataset.from_dict({self.args.length_column_name: [num_tokens(row) for row in rows]})
+        return super()._get_train_sampler(rows)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        """In the order of the rows whatever the strategy of sampling: predictions are theirs, one by one."""
+        if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
+            return None
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
+
+@dataclass
+class _Reader:
+    """Makes checked token ids of one row, and says what becomes of it: "kept", "too long" or "identical"."""
+
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    left_out: LeftOut
+    vocabulary: int | None
+    constants: tuple[str, ...] = ()  # the numbers that every row must have, because one has
+    said: set[str] = field(default_factory=set)
+
+    def ids(self, row: Mapping[str, Any], index: int) -> tuple[Mapping[str, Any], str | None]:
+        """The row's token ids, and what looks wrong about it."""
+        where = f"{self.name}, row {index + 1}"
+        ids, text = row, None
+        if not row.keys() >= set(SIDES):
+            pair = replace(parse_row(dict(row), where), category=None)
+            ids = tokenize_pair(pair, self.tokenizer)
+            text = remark(pair, ids, self.tokenizer)
+        for column in self.constants:
+            if ids.get(column) is None:
+                raise UserError(f"{where}: no {column}, but other rows have one")
+        check_ids(ids, where, self.vocabulary)
+        return ids, text
+
+    def verdict(self, ids: Mapping[str, Any]) -> str:
+        if num_tokens(ids) > self.left_out.max_length:
+            return "too long"
+        return "kept" if self.left_out.keeps(ids) else "identical"
+
+    def kept(self, row: Mapping[str, Any], index: int) -> Mapping[str, Any] | None:
+        """Of a stream: the row's token ids if it is used. What is not, or looks wrong, is said once."""
+        ids, text = self.ids(row, index)
+        verdict = self.verdict(ids)
+        for said in (text, None if verdict == "kept" else f"left out, like all that are {verdict}"):
+            if said is not None and said not in self.said:
+                self.said.add(said)
+                logger.warning(f"{self.name}, row {index + 1}: {said}")
+        return ids if verdict == "kept" else None
+
+
+def _read_all(dataset: Any, read: _Reader) -> tuple[Any, list[str], list[str | None]]:
+    """The data set as token ids, and of each row the verdict and the remark. A `datasets.Dataset` stays one, cached."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None or not hasattr(dataset, "map"):
+        rows = [dataset[i] for i in range(len(dataset))]
+        read.constants = tuple(name for name in CONSTANTS if any(name in row for row in rows))
+        tokenized, remarks = zip(*(read.ids(row, i) for i, row in enumerate(rows)), strict=True)
+        same = all(new is old for new, old in zip(tokenized, rows, strict=True))
+        return dataset if same else list(tokenized), [read.verdict(ids) for ids in tokenized], list(remarks)
+
+    read.constants = tuple(name for name in CONSTANTS if name in columns)
+    are_ids = set(SIDES) <= set(columns)
+
+    def looked_at(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        ids, text = read.ids(row, index)
+        return ({} if are_ids else dict(ids)) | {"verdict": read.verdict(ids), "remark": text}
+
+    made = dataset.map(looked_at, with_indices=True, remove_columns=columns, desc=f"reading {read.name}")
+    tokenized = dataset if are_ids else made.remove_columns(["verdict", "remark"])
+    return tokenized, list(made["verdict"]), list(made["remark"])
+
+
+def _tokenized_stream(dataset: Any, read: _Reader) -> Any:
+    """A `datasets.IterableDataset`, still streaming."""
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    read.constants = tuple(name for name in CONSTANTS if name in columns)
+
+    def ids(rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        row = {name: values[0] for name, values in rows.items()}
+        kept = read.kept(row, indices[0])
+        names = [*SIDES, *read.constants]
+        return {name: [] if kept is None else [kept[name]] for name in names}
+
+    return dataset.map(ids, with_indices=True, batched=True, batch_size=1, remove_columns=columns)
+
+
+class TokenStream(torch.utils.data.IterableDataset):
+    """A torch stream of rows, as one of token ids."""
+
+    def __init__(self, rows: torch.utils.data.IterableDataset, read: _Reader):
+        self.rows, self.read = rows, read
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for index, row in enumerate(self.rows):
+            ids = self.read.kept(row, index)
+            if ids is not None:
+                yield ids
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
