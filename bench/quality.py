@@ -268,7 +268,7 @@ def built_in_of(dataset: str) -> BuiltIn:
 @lru_cache(maxsize=2)
 def load(dataset: str, setting: str, seed: int) -> tuple[Any, Any, dict[str, list[dict[str, Any]]]]:
     """The data set, its tokenizer, and its tokenized pairs by split."""
-    from normbt_kernels.data.preferences import tokenize_pair
+    from normbt_kernels.data.tokens import tokenize_pair
 
     built_in = built_in_of(dataset)
     tokenizer = built_in.make_tokenizer()

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from normbt_kernels.data.collator import PreferenceCollator
-from normbt_kernels.data.preferences import num_tokens
+from normbt_kernels.data.tokens import num_tokens
 from normbt_kernels.resumable import fingerprint, map_resumable
 
 # The weight of each subset in its section: its number of pairs, but for math-prm, which has 447 and counts as much as

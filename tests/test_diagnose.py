@@ -20,7 +20,7 @@ from normbt_kernels.commands import cli
 from normbt_kernels.commands import diagnose as command
 from normbt_kernels.data import demo
 from normbt_kernels.data.built_in import EMBEDDED
-from normbt_kernels.data.preferences import tokenize
+from normbt_kernels.data.tokens import LeftOut, prepare, tokenize
 from normbt_kernels.diagnostics import Diagnosis, diagnose, measure
 from normbt_kernels.diagnostics.diagnosis import slope_at_fixed_error
 from normbt_kernels.diagnostics.measure import spread_evenly
@@ -173,7 +173,7 @@ def test_text_and_token_ids_give_the_same():
     model = demo.demo_model(tokenizer)
     pairs = demo.demo_pairs(24, seed="any")
     texts = [{"chosen": pair.chosen, "rejected": pair.rejected, "subset": pair.category} for pair in pairs]
-    ids = tokenize(pairs, tokenizer, 100, "")
+    ids = tokenize(pairs, tokenizer)
     first, second = (diagnose(model, tokenizer, rows, num_gradients=6) for rows in (texts, ids))
     assert first.to_json() == second.to_json()
     assert {category["name"] for category in first.summary()["categories"]} == {pair.category for pair in pairs}
@@ -422,7 +422,7 @@ def test_a_checkpoint_and_a_file(tmp_path, checkpoint, capsys):
     assert (tmp_path / "mine.png").exists()
 
     tokenizer, model = demo.demo_tokenizer(), make_demo_model()
-    rows = tokenize(demo.demo_pairs(40, seed="any"), tokenizer, 14, "")
+    rows = prepare(demo.demo_pairs(40, seed="any"), tokenizer, LeftOut(14)).rows
     expected = diagnose(model, tokenizer, rows, num_gradients=12)
     sample, expected = report["sample"], json.loads(expected.to_json())["sample"]
     assert {name: sample[name] for name in sample if name != "pair"} == {

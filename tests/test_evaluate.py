@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from normbt_kernels import evaluation
 from normbt_kernels.commands import cli, evaluate
 from normbt_kernels.data import demo
-from normbt_kernels.data.preferences import num_tokens, tokenize
+from normbt_kernels.data.tokens import num_tokens, tokenize
 from normbt_kernels.evaluation import SECTIONS, accuracy, score_pairs, section_means
 from normbt_kernels.resumable import map_resumable
 from tests.tiny_classifiers import VOCABULARY, make_model
@@ -257,7 +257,7 @@ def test_a_checkpoint_of_the_embedded_default_needs_no_data(tmp_path, demo_check
     tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
     for kind in ("fine: one wrong token", "coarse: noisy style"):
         pairs = [pair for pair in demo.demo_pairs(2000, seed="held-out") if pair.category == kind]
-        chosen, rejected = score_pairs(model, tokenizer, tokenize(pairs, tokenizer, 100, ""), batch_size=250)
+        chosen, rejected = score_pairs(model, tokenizer, tokenize(pairs, tokenizer), batch_size=250)
         assert report["subsets"][kind]["num_pairs"] == 1000
         assert report["subsets"][kind]["accuracy"] == pytest.approx((chosen > rejected).mean(), abs=0.002)
     assert report["overall_is"] == "mean of 2 subsets"
@@ -290,7 +290,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_is_continued(tmp_path, dem
 
     model = AutoModelForSequenceClassification.from_pretrained(demo_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
-    rows = tokenize(pairs, tokenizer, 100, "")
+    rows = tokenize(pairs, tokenizer)
     chosen, rejected = score_pairs(model, tokenizer, rows, batch_size=1)
     right = chosen > rejected
     right[sorted(range(len(rows)), key=lambda i: -num_tokens(rows[i]))[: len(kept) - 2]] = True
@@ -327,7 +327,7 @@ def test_an_interrupted_run_says_so_and_writes_no_results(tmp_path, demo_checkpo
 def test_rewards_of_other_weights_or_pairs_are_not_continued(tmp_path, demo_checkpoint):
     model = AutoModelForSequenceClassification.from_pretrained(demo_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
-    rows = tokenize(demo.demo_pairs(20, seed="any"), tokenizer, 100, "")
+    rows = tokenize(demo.demo_pairs(20, seed="any"), tokenizer)
     partial = tmp_path / "partial"
     before = score_pairs(model, tokenizer, rows, partial=partial)
     with torch.no_grad():

@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from normbt_kernels.commands import cli, info
 from normbt_kernels.commands import train_report as report
 from normbt_kernels.data import demo
-from normbt_kernels.data.preferences import load_preferences, parse_row, tokenize
+from normbt_kernels.data.preferences import load_preferences, parse_row
+from normbt_kernels.data.tokens import LeftOut, prepare, tokenize
 from normbt_kernels.errors import UserError
 
 WORDS = ["add", "two", "four", "five", "six", "user", "assistant", ":", "<s>", "</s>", "<unk>"]
@@ -239,7 +240,7 @@ def test_text_ends_with_one_eos_and_conversations_as_the_template_says(causal_lm
     chat = parse_row({"prompt": [{"role": "user", "content": "add"}], "chosen": "two", "rejected": "six"}, "row")
     tokens = [
         [tokenizer.convert_ids_to_tokens(row[name].tolist()) for name in ("chosen_ids", "rejected_ids")]
-        for row in tokenize([text, chat], tokenizer, 100, "")
+        for row in tokenize([text, chat], tokenizer)
     ]
     assert tokens == [
         [["add", "two", "</s>"], ["add", "four", "</s>"]],
@@ -248,7 +249,7 @@ def test_text_ends_with_one_eos_and_conversations_as_the_template_says(causal_lm
             ["user", ":", "add", "</s>", "assistant", ":", "six", "</s>"],
         ],
     ]
-    assert len(tokenize([text, chat], tokenizer, 3, "")) == 1  # longer pairs are left out
+    assert len(prepare([text, chat], tokenizer, LeftOut(3)).rows) == 1  # longer pairs are left out
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def test_conversations_need_a_chat_template(tmp_path, causal_lm):
     tokenizer.chat_template = None
     pairs = load_preferences(str(write_jsonl(tmp_path / "chat.jsonl", chat_rows(2))), None, "train")
     with pytest.raises(UserError, match=r"chat\.jsonl, row 1: .*no chat template"):
-        tokenize(pairs, tokenizer, 100, "")
+        tokenize(pairs, tokenizer)
 
 
 def test_model_and_dataset_go_together(capsys):

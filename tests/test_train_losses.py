@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from normbt_kernels.commands.arguments import LOSS_NAMES, TrainOptions
 from normbt_kernels.commands.losses import loss_rows, make_loss
 from normbt_kernels.data import demo
-from normbt_kernels.data.preferences import tokenize
+from normbt_kernels.data.tokens import tokenize
 from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.transformers import PreferenceCollator
 
@@ -22,7 +22,7 @@ NUM_PAIRS, HIDDEN_SIZE = 8, 16
 
 @pytest.fixture(scope="module")
 def rows():
-    return tokenize(demo.demo_pairs(NUM_PAIRS, seed="any"), demo.demo_tokenizer(), 100, "")
+    return tokenize(demo.demo_pairs(NUM_PAIRS, seed="any"), demo.demo_tokenizer())
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,9 @@ def model():
     return make_model("llama")
 
 
-def make_trainer(model, tokenizer, folder, train_dataset=None, eval_dataset=None, **kwargs):
-    batches = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "dataloader_pin_memory": False}
+def make_trainer(model, tokenizer, folder, train_dataset=None, eval_dataset=None, label_smoothing_factor=0, **kwargs):
+    batches = {"label_smoothing_factor": label_smoothing_factor}
+    batches |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "dataloader_pin_memory": False}
     args = TrainingArguments(
         str(folder), max_steps=2, save_strategy="no", use_cpu=True, disable_tqdm=True, report_to=[], **batches
     )
@@ -136,6 +137,123 @@ def test_token_ids_and_other_collators_are_left_alone(model, tokenizer, tmp_path
     assert make_trainer(model, tokenizer, tmp_path, train_dataset=[TEXT], data_collator=list).train_dataset == [TEXT]
 
 
+@pytest.fixture
+def said(caplog):
+    """What transformers' logger and its children say."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+SAME = {"chosen": "add two", "rejected": "add two"}
+IDS = {"chosen_ids": [6, 7, 1], "rejected_ids": [6, 8, 1]}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize("kind", ["list", "Dataset", "ids", "IterableDataset", "torch stream"])
+def test_pairs_with_the_same_tokens_on_both_sides_are_left_out_and_said(model, tokenizer, tmp_path, said, kind):
+    rows = [TEXT, SAME, TEXT]
+    if kind == "ids":
+        rows = [IDS, IDS | {"rejected_ids": [6, 7, 1]}, IDS]
+    rows = {
+        "Dataset": datasets.Dataset.from_list,
+        "IterableDataset": lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(),
+        "torch stream": Stream,
+    }.get(kind, list)(rows)
+    kept = list(make_trainer(model, tokenizer, tmp_path, train_dataset=rows).train_dataset)
+    assert len(kept) == 2
+    assert all(list(row["chosen_ids"]) != list(row["rejected_ids"]) for row in kept)
+    if "tream" in kind or "Iterable" in kind:
+        assert "train_dataset, row 2: left out, like all that are identical" in said.text
+        return
+    assert "train_dataset: 1 of 3 pairs are the same tokens on both sides, and left out" in said.text
+    assert len(make_trainer(model, tokenizer, tmp_path, train_dataset=rows, keep_identical=True).train_dataset) == 3
+
+
+def test_a_torch_stream_of_raw_rows_trains(model, tokenizer, tmp_path):
+    make_trainer(model, tokenizer, tmp_path, train_dataset=Stream([TEXT, PROMPT, TEXT, PROMPT])).train()
+
+
+@pytest.mark.parametrize("as_dataset", [False, True], ids=["list", "Dataset"])
+def test_token_ids_are_held_to_the_length_too(model, tokenizer, tmp_path, said, as_dataset):
+    rows = [IDS, IDS | {"chosen_ids": [6] * 5}]
+    rows = datasets.Dataset.from_list(rows) if as_dataset else rows
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows, max_length=4)
+    assert [row["chosen_ids"] for row in trainer.train_dataset] == [[6, 7, 1]]
+    assert "train_dataset: 1 of 2 pairs are longer than 4 tokens, and left out" in said.text
+
+
+def test_pairs_beyond_the_models_positions_are_left_out(tokenizer, tmp_path, said):
+    bert = make_model("bert", max_position_embeddings=4)
+    trainer = make_trainer(bert, tokenizer, tmp_path, train_dataset=[IDS, IDS | {"chosen_ids": [6] * 5}, IDS])
+    assert "1 of 3 pairs are longer than 4 tokens" in said.text
+    trainer.train()
+
+
+def test_what_looks_wrong_is_said_with_its_row(model, tokenizer, tmp_path, said):
+    from tokenizers import processors
+
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    begins = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    rows = [
+        TEXT,
+        {"chosen": "<bos> add two", "rejected": "six"},
+        {"prompt": "add", "chosen": "add six", "rejected": "two"},
+    ]
+    make_trainer(model, tokenizer, tmp_path, train_dataset=rows)
+    assert "train_dataset, row 2: a text begins with <bos>, and the tokenizer puts another one before it" in said.text
+    assert "train_dataset, row 3: an answer begins with the prompt" in said.text
+
+
+def test_grouping_by_length_goes_by_the_longer_side_and_leaves_predictions_in_order(model, tokenizer, tmp_path):
+    lengths = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"chosen_ids": [6], "rejected_ids": [8] * (n + 1)} for n in lengths]
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows)
+    expected = trainer.predict(rows).predictions[1]
+
+    def padding():
+        batches = [batch["attention_mask"][2:].sum(1) for batch in trainer.get_train_dataloader()]
+        return sum(abs(int(first - second)) for first, second in batches)
+
+    at_random = padding()
+    trainer.args.train_sampling_strategy = "group_by_length"
+    assert padding() < at_random / 2
+    assert trainer.predict(rows).predictions[1].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("option", [{"batch_eval_metrics": True}, {"eval_do_concat_batches": False}])
+def test_the_metrics_do_not_depend_on_how_evaluation_is_cut(model, tokenizer, tmp_path, option):
+    rows = [IDS, {"chosen_ids": [9, 1], "rejected_ids": [10, 7, 1]}, IDS, IDS | {"chosen_ids": [9, 10]}, IDS]
+    trainer = make_trainer(model, tokenizer, tmp_path)
+    expected = trainer.evaluate(rows)
+    for name, value in option.items():
+        setattr(trainer.args, name, value)
+    metrics = trainer.evaluate(rows)
+    for name in ("eval_accuracy", "eval_margin"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+def test_a_folder_and_a_processor_do_for_a_model_and_a_tokenizer(tokenizer, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM(make_model().config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    processor = type("Processor", (), {"tokenizer": tokenizer, "model_input_names": ["input_ids"]})()
+    for processing_class in (None, processor):
+        trainer = make_trainer(str(tmp_path / "model"), processing_class, tmp_path, train_dataset=[TEXT, PROMPT])
+        trainer.train()
+        assert type(trainer.model).__name__ == "LlamaForSequenceClassification"
+
+
 def test_pair_weight_multiplies_each_pairs_loss(model, tokenizer, tmp_path):
     trainer = make_trainer(model, tokenizer, tmp_path)
     collator = PreferenceCollator(tokenizer)
@@ -160,7 +278,15 @@ def test_pair_weight_multiplies_each_pairs_loss(model, tokenizer, tmp_path):
         ([{"question": "a", "answer": "b"}], r"train_dataset, row 1: no column 'chosen' \(columns: question, answer\)"),
         ([TEXT, TEXT | {"rejected": ""}], "train_dataset, row 2: 'rejected' is neither text nor a list of messages"),
         ([TEXT | {"margin": 1.0}, TEXT], "train_dataset, row 2: no margin, but other rows have one"),
+        ([TEXT | {"margin": None}, TEXT | {"margin": 1.0}], "train_dataset, row 1: no margin, but other rows have one"),
         ([TEXT | {"pair_weight": -1.0}], "train_dataset, row 1: 'pair_weight' is negative"),
+        ([IDS, IDS | {"rejected_ids": []}], "train_dataset, row 2: 'rejected_ids' is empty"),
+        ([IDS | {"margin": 1.0}, IDS | {"margin": None}], "train_dataset, row 2: no margin, but other rows have one"),
+        ([IDS | {"margin": float("nan")}], "train_dataset, row 1: 'margin' is not a finite number: nan"),
+        (
+            [IDS, IDS | {"chosen_ids": [6, 32]}],
+            "row 2: 'chosen_ids' has the token 32, but the model has embeddings for 32",
+        ),
     ],
 )
 @pytest.mark.parametrize("as_dataset", [False, True], ids=["list", "Dataset"])
@@ -181,6 +307,33 @@ def test_collator_names_the_columns_that_it_got(tokenizer):
         ValueError, match=r"rows need chosen_ids and rejected_ids, got the columns \['chosen', 'rejected'\]"
     ):
         PreferenceCollator(tokenizer)([TEXT])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (IDS | {"chosen_ids": []}, "pair 2 of the batch: 'chosen_ids' is empty"),
+        (IDS | {"margin": None}, "pair 2 of the batch: 'margin' is not a finite number: None"),
+        (IDS, "pair 2 of the batch: 'margin' is not a finite number: None"),
+    ],
+)
+def test_collator_refuses_what_it_would_have_to_make_up(tokenizer, row, message):
+    with pytest.raises(ValueError, match=message):
+        PreferenceCollator(tokenizer)([IDS | {"margin": 1.0}, row])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, r"pass loss=LinearNormBTLoss\(label_smoothing=...\)"),
+        ({"compute_loss_func": lambda *args: None}, "compute_loss_func is not called: pass the loss as loss="),
+        ({"model_init": make_model}, "pass a model: model_init is not taken"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(model, tokenizer, tmp_path, options, message):
+    model = None if "model_init" in options else model
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model, tokenizer, tmp_path, **options)
 
 
 def test_tokenizer_is_asked_for(model, tmp_path):

@@ -27,6 +27,10 @@ def _text(help: str, metavar: str) -> Any:
     return _option(None, help, type=str, metavar=metavar)
 
 
+def _switch(help: str) -> Any:
+    return field(default=False, metadata={"help": help, "action": "store_true"})
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """Options of `normbt train`, each one a command line flag of the same name."""
@@ -76,6 +80,10 @@ class TrainOptions:
     )
     center_coef: float = _option(0.0, "all losses: weight of the mean of (chosen + rejected reward)^2", metavar="F")
     max_length: int = _option(2048, "pairs with a sequence of more tokens are left out, and counted", metavar="N")
+    truncate: bool = _switch(
+        "cut long sequences at --max-length, where the tokenizer cuts, in place of leaving them out"
+    )
+    keep_identical: bool = _switch("train on pairs with the same tokens on both sides too; else left out, and counted")
     dtype: str = _option(
         "float32",
         "dtype of the weights; float32 with --bf16 is mixed precision",
@@ -107,7 +115,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     """One flag per field of `TrainOptions`."""
     for option in fields(TrainOptions):
         kwargs = dict(option.metadata)
-        if option.default is not None:
+        if option.default not in (None, False):
             kwargs["help"] += " (default: %(default)s)"
         parser.add_argument(_flag(option.name), default=option.default, **kwargs)
 

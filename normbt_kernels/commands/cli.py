@@ -150,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pairs with a sequence of more tokens are left out, and counted (default: the tokenizer's own limit)",
     )
+    _add_truncate(evaluate)
     _add_device_options(evaluate, batch_size=16, dtypes=("auto", "float32", "bfloat16", "float16"))
     evaluate.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there too")
     evaluate.set_defaults(command=_evaluate)
@@ -178,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pairs with a sequence of more tokens are left out, and counted (default: %(default)s)",
     )
+    _add_truncate(diagnose)
     _add_device_options(diagnose, batch_size=8, dtypes=("float32", "bfloat16"))
     diagnose.add_argument(
         "--out",
@@ -215,6 +217,10 @@ def _add_data_options(parser: argparse.ArgumentParser, default: str, split: str)
     parser.add_argument(
         "--dataset-split", default=split, metavar="NAME", help="split of a hub dataset (default: %(default)s)"
     )
+
+
+def _add_truncate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--truncate", action="store_true", help="cut long sequences there in place of leaving them out")
 
 
 def _add_device_options(parser: argparse.ArgumentParser, batch_size: int, dtypes: Sequence[str]) -> None:

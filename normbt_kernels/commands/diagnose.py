@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from normbt_kernels.commands.evaluate import demo_pairs
 from normbt_kernels.commands.losses import LinearBTLoss, loss_rows
 from normbt_kernels.commands.train import LossOnTheBar, one_device
 from normbt_kernels.data.built_in import EMBEDDED, BuiltIn, find_built_in
-from normbt_kernels.data.checkpoints import load_model, load_training_tokenizer
-from normbt_kernels.data.preferences import load_preferences, num_tokens, tokenize
+from normbt_kernels.data.checkpoints import checkpoint_position_limit, load_model, load_training_tokenizer
+from normbt_kernels.data.preferences import load_preferences
+from normbt_kernels.data.tokens import LeftOut, remark, summed_up, tokenize, truncated
 from normbt_kernels.diagnostics.measure import diagnose, partial_files
 from normbt_kernels.diagnostics.report import can_draw
 from normbt_kernels.errors import UserError
@@ -35,6 +35,7 @@ def run(
     num_gradients: int,
     batch_size: int,
     max_length: int,
+    truncate: bool,
     device: str,
     dtype: str,
     out: Path,
@@ -52,10 +53,17 @@ def run(
         pairs = from_scratch.pairs("test", SEED)
     else:
         pairs = demo_pairs(tokenizer) if dataset is None else load_preferences(dataset, dataset_config, dataset_split)
-    rows = tokenize(pairs, tokenizer, sys.maxsize, "tokenizing")
-    limit = min(max_length, tokenizer.model_max_length)
-    if min(map(num_tokens, rows)) > limit:
-        raise UserError(f"all {len(rows)} pairs are longer than {limit} tokens (--max-length)")
+    positions = None if model is None else checkpoint_position_limit(model)
+    limit = min(filter(None, (max_length, tokenizer.model_max_length, positions)))
+    rows = tokenize(pairs, tokenizer)
+    for said in summed_up((pair.where, remark(pair, row, tokenizer)) for pair, row in zip(pairs, rows, strict=True)):
+        print(said)
+    if truncate:
+        rows, _ = truncated(rows, limit, tokenizer.truncation_side)
+    if not any(map(LeftOut(limit).keeps, rows)):
+        raise UserError(
+            f"all {len(rows)} pairs are longer than {limit} tokens (--max-length), or the same on both sides"
+        )
     set_seed(SEED)  # of a new head, where the checkpoint has none
     if from_scratch is not None:
         classifier = _half_trained(from_scratch, tokenizer, device).to(getattr(torch, dtype))
@@ -94,7 +102,7 @@ def _half_trained(built_in: BuiltIn, tokenizer: PreTrainedTokenizerBase, device:
     """A data set's own model in the middle of its training with BT."""
     torch.set_num_threads(1)  # more gain nothing on models this small, and lose much where cores are shared
     args = built_in.training_defaults | {"max_steps": FEW_STEPS, "eval_strategy": "no", "logging_strategy": "no"}
-    rows = tokenize(built_in.pairs("train", SEED), tokenizer, sys.maxsize, "tokenizing training pairs")
+    rows = tokenize(built_in.pairs("train", SEED), tokenizer, "tokenizing training pairs")
     with tempfile.TemporaryDirectory() as folder:
         trainer = NormBTTrainer(
             built_in.make_model(tokenizer),

@@ -11,8 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels._version import versions
 from normbt_kernels.data import demo
-from normbt_kernels.data.checkpoints import load_model, load_scoring_tokenizer
-from normbt_kernels.data.preferences import Preference, load_preferences, parse_row, tokenize
+from normbt_kernels.data.checkpoints import (
+    checkpoint_position_limit,
+    load_model,
+    load_scoring_tokenizer,
+    vocabulary_size,
+)
+from normbt_kernels.data.preferences import Preference, load_preferences, parse_row
+from normbt_kernels.data.tokens import LeftOut, check_ids, prepare
 from normbt_kernels.errors import UserError
 from normbt_kernels.evaluation import SECTION_OF, SECTIONS, Accuracy, accuracy, score_pairs
 from normbt_kernels.files import write_json
@@ -26,6 +32,7 @@ def run(
     dataset_split: str,
     batch_size: int,
     max_length: int | None,
+    truncate: bool,
     device: str,
     dtype: str,
     out: Path | None,
@@ -40,11 +47,16 @@ def run(
         pairs, dataset = demo_pairs(tokenizer), "embedded generated pairs"
     else:
         pairs = load_preferences(dataset, dataset_config, dataset_split, parse=_parser(tokenizer))
-    limit = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
-    rows = tokenize(pairs, tokenizer, limit, "tokenizing")
-    if not rows:
-        raise UserError(f"all {len(pairs)} pairs are longer than {limit} tokens (--max-length)")
+    limits = (max_length, tokenizer.model_max_length, checkpoint_position_limit(model))
+    limit = min(filter(None, limits))
+    # A pair with the same tokens on both sides is a tie, and counts as one.
+    prepared = prepare(pairs, tokenizer, LeftOut(limit, keep_identical=True), truncate=truncate)
+    rows = prepared.rows
+    for remark in prepared.remarks:
+        print(remark)
     classifier = load_model(model, tokenizer, dtype).to(device)
+    for number, row in enumerate(rows, start=1):
+        check_ids(row, f"pair {number}", vocabulary_size(classifier))
 
     partial = None if out is None else partial_path(out)
     rewards = score_pairs(classifier, tokenizer, rows, batch_size, partial)

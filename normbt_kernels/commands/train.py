@@ -19,8 +19,9 @@ from normbt_kernels.commands.arguments import TrainOptions
 from normbt_kernels.commands.losses import loss_rows, make_loss
 from normbt_kernels.data import STDLIB_FAULTS
 from normbt_kernels.data.built_in import BuiltIn
-from normbt_kernels.data.checkpoints import load_model, load_training_tokenizer
-from normbt_kernels.data.preferences import Preference, load_preferences, tokenize
+from normbt_kernels.data.checkpoints import checkpoint_position_limit, load_model, load_training_tokenizer
+from normbt_kernels.data.preferences import Preference, load_preferences
+from normbt_kernels.data.tokens import LeftOut, prepare
 from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.checkpoint import last_whole_checkpoint
 from normbt_kernels.integrations.transformers import NormBTTrainer
@@ -50,8 +51,8 @@ def built_in_job(built_in: BuiltIn, options: TrainOptions, seed: int) -> Job:
         dataset_name=built_in.name,
         make_model=lambda: built_in.make_model(tokenizer),
         tokenizer=tokenizer,
-        train_rows=_rows(built_in.pairs("train", seed), "training", tokenizer, options.max_length),
-        eval_rows=_rows(built_in.pairs("test", seed), "held-out", tokenizer, options.max_length),
+        train_rows=_rows(built_in.pairs("train", seed), "training", tokenizer, options),
+        eval_rows=_rows(built_in.pairs("test", seed), "held-out", tokenizer, options),
         losses=options.loss or ("bt", "normbt"),
     )
 
@@ -68,39 +69,50 @@ def user_job(options: TrainOptions, seed: int) -> Job:
     elif options.dataset == STDLIB_FAULTS:
         eval_pairs = load_preferences(options.dataset, None, "test")  # modules that are not trained on
     else:
-        train_pairs, eval_pairs = _hold_out(train_pairs, options.eval_fraction, seed)
+        eval_pairs = None
     losses = options.loss or ("normbt",)
     if train_pairs[0].margin is not None and not any("-margin" in name for name in losses):
         print(f"the pairs have margins, which --loss {' '.join(losses)} leaves unused; normbt-margin uses them")
     tokenizer = load_training_tokenizer(options.model)
-    max_length = min(options.max_length, tokenizer.model_max_length)
+    positions = checkpoint_position_limit(options.model)
+    train_rows = _rows(train_pairs, "training", tokenizer, options, positions)
+    if eval_pairs is None:
+        train_rows, eval_rows = _hold_out(train_rows, options.eval_fraction, seed)
+    else:
+        eval_rows = _rows(eval_pairs, "held-out", tokenizer, options, positions)
     return Job(
         model_name=options.model,
         dataset_name=options.dataset,
         make_model=lambda: load_model(options.model, tokenizer, options.dtype, new_head=True),
         tokenizer=tokenizer,
-        train_rows=_rows(train_pairs, "training", tokenizer, max_length),
-        eval_rows=_rows(eval_pairs, "held-out", tokenizer, max_length),
+        train_rows=train_rows,
+        eval_rows=eval_rows,
         losses=losses,
     )
 
 
 def _rows(
-    pairs: list[Preference], kind: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+    pairs: Sequence[Preference],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
+    positions: int | None = None,
 ) -> list[dict[str, Any]]:
-    rows = tokenize(pairs, tokenizer, max_length, f"tokenizing {kind} pairs")
-    if not rows:
-        raise UserError(f"all {len(pairs)} {kind} pairs are longer than {max_length} tokens (--max-length)")
-    if len(rows) < len(pairs):
-        print(f"left out {len(pairs) - len(rows)} of {len(pairs)} {kind} pairs, longer than {max_length} tokens")
-    return rows
+    limit = min(options.max_length, tokenizer.model_max_length, positions or options.max_length)
+    left_out = LeftOut(limit, options.keep_identical)
+    prepared = prepare(pairs, tokenizer, left_out, truncate=options.truncate, kind=f"{kind} pairs")
+    for reason in prepared.left_out:
+        print(f"left out: {reason} ({kind})")
+    for remark in prepared.remarks:
+        print(f"{kind}: {remark}")
+    return prepared.rows
 
 
-def _hold_out(pairs: list[Preference], fraction: float, seed: int) -> tuple[list[Preference], list[Preference]]:
-    num_eval = max(1, round(fraction * len(pairs)))
-    if num_eval >= len(pairs):
-        raise UserError(f"holding out {num_eval} of {len(pairs)} pairs leaves none to train on (--eval-fraction)")
-    shuffled = random.Random(seed).sample(pairs, len(pairs))
+def _hold_out(rows: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
+    num_eval = max(1, round(fraction * len(rows)))
+    if num_eval >= len(rows):
+        raise UserError(f"holding out {num_eval} of {len(rows)} pairs leaves none to train on (--eval-fraction)")
+    shuffled = random.Random(seed).sample(rows, len(rows))
     return shuffled[num_eval:], shuffled[:num_eval]
 
 

@@ -57,6 +57,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer as it is; of a processor, which holds one beside what reads images or sound, its tokenizer."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
 def load_training_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The same with a pad token that is not also its end of sequence.
 
@@ -92,7 +97,7 @@ def load_model(
     name: str, tokenizer: PreTrainedTokenizerBase, dtype: str = "auto", *, new_head: bool = False
 ) -> PreTrainedModel | nn.Module:
     """The checkpoint `name`, a folder or hub id, as a sequence classifier with one label; an adapter on its base model,
-    its weights trainable. Embeddings grow if the tokenizer has more tokens than they have rows.
+    its weights trainable. Embeddings grow to the tokens of the tokenizer, but where the model only scores.
 
     Args:
         name: of a classifier, of a language model, or of a peft adapter that holds a head.
@@ -116,7 +121,8 @@ def load_model(
             )  # fmt: skip
             raise UserError(f"{name} is no trained reward model: {why}")
         print(_new_head(name, config, missing))
-    _grow(model, len(tokenizer))
+    if new_head:  # a model that only scores gets no embeddings that nobody trained
+        _grow(model, len(tokenizer))
     return model
 
 
@@ -262,6 +268,14 @@ def position_limit(model: nn.Module) -> int | None:
         if isinstance(table, nn.Embedding) and _holds_positions(name.rpartition(".")[2])
     ]
     return min(limits, default=None)
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """How many tokens `model` has embeddings for; None where that is not known."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _holds_positions(name: str) -> bool:

@@ -109,8 +109,8 @@ def is_identical(row: Row) -> bool:
 
 
 def check_ids(row: Row, where: str, vocabulary: int | None = None) -> None:
-    """Raises UserError naming `where` if a row of token ids has an empty side, an id beyond the model's `vocabulary`, or
-    a margin or weight that is no number."""
+    """Raises UserError naming `where` if a row of token ids has an empty side, an id beyond the model's `vocabulary`,
+    or a margin or weight that is no number."""
     for name in SIDES:
         if not len(row[name]):
             raise UserError(f"{where}: {name!r} is empty")
@@ -161,3 +161,38 @@ def truncated(rows: Sequence[Row], max_length: int, side: str) -> tuple[list[Row
     part = slice(-max_length, None) if side == "left" else slice(max_length)
     rows = [dict(row) | {name: row[name][part] for name in SIDES} for row in rows]
     return rows, sum(cut)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of the pairs that are kept; a line for each reason why others are not, and for what looks wrong."""
+
+    rows: list[Row]
+    left_out: list[str]
+    remarks: list[str]
+
+
+def prepare(
+    pairs: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    left_out: LeftOut,
+    *,
+    truncate: bool = False,
+    kind: str = "",
+) -> Prepared:
+    """The token ids of `pairs`, which are of some `kind`, without those that `left_out` says; with `truncate` long
+    sequences are cut, where the tokenizer cuts, and no pair is too long.
+
+    Raises:
+        UserError: as `tokenize_pair`; or no pair is left.
+    """
+    rows = tokenize(pairs, tokenizer, f"tokenizing {kind}".strip())
+    remarks = summed_up((pair.where, remark(pair, row, tokenizer)) for pair, row in zip(pairs, rows, strict=True))
+    if truncate:
+        rows, num_cut = truncated(rows, left_out.max_length, tokenizer.truncation_side)
+        if num_cut:
+            remarks.append(f"{num_cut} of {len(rows)} pairs are cut to {left_out.max_length} tokens")
+    kept, reasons = left_out.told(rows)
+    if not kept:
+        raise UserError(f"no {kind} pairs are left: {' and '.join(reasons)}".replace("  ", " "))
+    return Prepared(kept, reasons, remarks)

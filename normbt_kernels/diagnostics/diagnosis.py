@@ -68,7 +68,7 @@ class Diagnosis:
         sensitivity: `(M,)` ||d difference / d backbone||_2; times the error it is the norm of BT's gradient.
         categories: of each pair, if the data have them.
         number: `(P,)` place of each pair among those that were given, counted from 1.
-        num_left_out: pairs that were too long.
+        num_left_out: pairs that were too long, or the same tokens on both sides.
         eps, max_weight: of NormBT's weight.
 
     `print(diagnosis)` shows the table, `to_json()` gives everything in it as text, `plot(path)` draws the figure.

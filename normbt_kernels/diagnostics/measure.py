@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels.data.collator import PreferenceCollator
-from normbt_kernels.data.preferences import num_tokens, parse_row, tokenize_pair
+from normbt_kernels.data.preferences import parse_row
+from normbt_kernels.data.tokens import LeftOut, check_ids, tokenize_pair
 from normbt_kernels.diagnostics.diagnosis import Diagnosis
 from normbt_kernels.errors import UserError
 from normbt_kernels.functional import linear_normbt_loss
@@ -51,7 +53,8 @@ def diagnose(
             the token ids `chosen_ids` and `rejected_ids`, optional `category`.
         num_gradients: pairs whose backbone gradient is measured; all of them if there are fewer.
         batch_size: pairs per forward pass of the pass over all pairs.
-        max_length: pairs with a sequence of more tokens are left out, and counted.
+        max_length: pairs with a sequence of more tokens are left out, and counted; so are pairs with the same tokens on
+            both sides, which have no distance.
         eps, max_weight: of NormBT's weight, as in `normbt_loss`.
         partial: where to keep results as they come, to be continued by the same call after a stop: two files,
             `partial_files(partial)`, that the caller removes.
@@ -75,9 +78,10 @@ def diagnose(
     if not backbone:
         raise UserError("every weight but the head's is frozen: there is no backbone gradient to measure")
     rows = _token_ids(pairs, tokenizer)
-    short = [i for i, row in enumerate(rows) if max_length is None or num_tokens(row) <= max_length]
+    left_out = LeftOut(math.inf if max_length is None else max_length)
+    short = [i for i, row in enumerate(rows) if left_out.keeps(row)]
     if not short:
-        raise UserError(f"none of {len(rows)} pairs has at most {max_length} tokens" if rows else "there are no pairs")
+        raise UserError(f"no pair is left: {' and '.join(left_out.told(rows)[1])}" if rows else "there are no pairs")
     num_left_out, rows = len(rows) - len(short), [rows[i] for i in short]
 
     name = None if partial is None else fingerprint(model, rows, batch_size)
@@ -122,10 +126,12 @@ def partial_files(partial: Path) -> tuple[Path, Path]:
 
 
 def _token_ids(pairs: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Mapping[str, Any]]:
-    return [
-        row if "chosen_ids" in row else tokenize_pair(parse_row(dict(row), f"pairs, row {number}"), tokenizer)
-        for number, row in enumerate(pairs, start=1)
-    ]
+    rows = []
+    for number, row in enumerate(pairs, start=1):
+        where = f"pairs, row {number}"
+        rows.append(row if "chosen_ids" in row else tokenize_pair(parse_row(dict(row), where), tokenizer))
+        check_ids(rows[-1], where)
+    return rows
 
 
 def spread_evenly(distance: np.ndarray, num_sampled: int) -> np.ndarray:

@@ -36,7 +36,7 @@ def sentence(summary: Mapping[str, Any]) -> str:
 
 def table(summary: Mapping[str, Any]) -> str:
     """Slopes, shares by distance, the decomposition, and categories, as text."""
-    left_out = f", {summary['num_left_out']} longer ones left out" if summary["num_left_out"] else ""
+    left_out = f", {summary['num_left_out']} too long or identical left out" if summary["num_left_out"] else ""
     lines = [
         f"{summary['num_pairs']} pairs{left_out}; backbone gradients of {summary['num_gradients']} of them",
         f"accuracy {summary['accuracy']:.3f}, mean distance (mu) {summary['mean_distance']:.4g}",

@@ -1,7 +1,7 @@
 """Preference data in a `Trainer`: any data set of text, messages or token ids becomes one of checked token ids.
 
-    list, datasets.Dataset, map-style data set   read before training; left-out pairs are counted, and said
-    datasets.IterableDataset, torch stream       read as they come; the first left-out pair is said
+list, datasets.Dataset, map-style data set   read before training; left-out pairs are counted, and said
+datasets.IterableDataset, torch stream       read as they come; the first left-out pair is said
 """
 
 from __future__ import annotations

@@ -10,36 +10,64 @@ data set of {chosen, rejected, prompt?, margin?, pair_weight?}: text or messages
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from normbt_kernels.data.collator import CONSTANTS, PreferenceCollator
-from normbt_kernels.data.preferences import tokenize_dataset
+from normbt_kernels.data.checkpoints import (
+    load_model,
+    load_training_tokenizer,
+    position_limit,
+    tokenizer_of,
+    vocabulary_size,
+)
+from normbt_kernels.data.collator import PreferenceCollator
+from normbt_kernels.data.tokens import CONSTANTS, LeftOut
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
 from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger
 from normbt_kernels.integrations.pooled_head import PooledHead
+from normbt_kernels.integrations.trainer_data import PairsInTrainer
 from normbt_kernels.modules import DistanceEMA, LinearNormBTLoss, NormBTLoss
 
 logger = logging.get_logger(__name__)
 
 
+class PairAccuracy:
+    """`accuracy`: the share of pairs whose chosen reward is strictly greater; `margin`: the mean difference.
+
+    Of predictions at once, as one array or as a list of batches (`eval_do_concat_batches=False`); or of one batch after
+    the other (`batch_eval_metrics=True`), the last with `compute_result=True`.
+    """
+
+    def __init__(self) -> None:
+        self._margins: list[np.ndarray] = []
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        batches = prediction.predictions
+        for chosen_rewards, rejected_rewards, _ in batches if isinstance(batches, list) else [batches]:
+            self._margins.append(np.atleast_1d(torch.as_tensor(chosen_rewards - rejected_rewards).cpu().numpy()))
+        if not compute_result:
+            return {}
+        margin, self._margins = np.concatenate(self._margins), []
+        return {"accuracy": (margin > 0).mean(), "margin": margin.mean()}
+
+
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """`accuracy`: the share of pairs whose chosen reward is strictly greater; `margin`: the mean difference."""
-    chosen_rewards, rejected_rewards, _ = prediction.predictions
-    margin = chosen_rewards - rejected_rewards
-    return {"accuracy": (margin > 0).mean(), "margin": margin.mean()}
+    """`PairAccuracy` of predictions at once."""
+    return PairAccuracy()(prediction)
 
 
 # --- the trainer ---------------------------------------------------------------------------------------------------
 
 
-class NormBTTrainer(LossInCheckpoints, Trainer):
+class NormBTTrainer(LossInCheckpoints, PairsInTrainer, Trainer):
     """`Trainer` for reward models, with NormBT as its loss.
 
     Takes any model whose final layer is a Linear with one output (encoder or decoder classifiers with `num_labels=1`).
@@ -67,11 +95,14 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`; without a
-            collator, `PreferenceCollator(processing_class)`.
+            collator, `PreferenceCollator(processing_class)`, of a processor its tokenizer. The model may be the name of
+            a checkpoint, and need then no tokenizer.
         loss: a module called as `LinearNormBTLoss` is (the default where the head can be fused), or a `NormBTLoss`
             (the default elsewhere, and made from a `LinearNormBTLoss`).
         max_length: pairs with a sequence of more tokens are left out of training and evaluation, and counted in the
-            log; the tokenizer's `model_max_length` if None.
+            log; the tokenizer's `model_max_length` if None. So are all pairs longer than the model has positions for.
+        keep_identical: whether pairs with the same tokens on both sides are trained on: otherwise they are left out,
+            and counted in the log.
         compute_metrics: receives the predictions `(chosen_rewards, rejected_rewards, distance)`, each `(P,)`.
         **kwargs: everything else that `Trainer` takes.
 
@@ -87,7 +118,7 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
+        model: PreTrainedModel | nn.Module | str,
         args: TrainingArguments | None = None,
         data_collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None = None,
         train_dataset: Any = None,
@@ -96,14 +127,22 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
         *,
         loss: nn.Module | None = None,
         max_length: int | None = None,
+        keep_identical: bool = False,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = pair_accuracy,
         **kwargs: Any,
     ):
+        if model is None:
+            raise ValueError("pass a model: model_init is not taken, because the loss follows one model")
+        if isinstance(model, str | os.PathLike):
+            processing_class = processing_class or load_training_tokenizer(str(model))
+            model = load_model(str(model), tokenizer_of(processing_class), "float32", new_head=True)
         head = find_head(model)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("pass the tokenizer as processing_class, or a data_collator")
-            data_collator = PreferenceCollator(processing_class)
+            data_collator = PreferenceCollator(tokenizer_of(processing_class))
+        if compute_metrics is pair_accuracy:
+            compute_metrics = PairAccuracy()
         super().__init__(
             model,
             args,
@@ -115,6 +154,8 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
             **kwargs,
         )
         _check_arguments(self.args)
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func is not called: pass the loss as loss=, which sees what the head reads")
         self.args.logging_nan_inf_filter = False
         self.accelerator.dataloader_config.dispatch_batches = False
         if head.warning_if_frozen():
@@ -122,7 +163,9 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
         if isinstance(data_collator, PreferenceCollator):
             tokenizer = data_collator.tokenizer
             _align_padding(head.owner, tokenizer)
-            self._max_length = tokenizer.model_max_length if max_length is None else max_length
+            limit = tokenizer.model_max_length if max_length is None else max_length
+            self.left_out = LeftOut(min(limit, position_limit(model) or limit), keep_identical)
+            self.vocabulary = vocabulary_size(model)
             self.train_dataset = self._tokenized(self.train_dataset, "train_dataset")
             self.eval_dataset = self._tokenized(self.eval_dataset, "eval_dataset")
 
@@ -151,47 +194,6 @@ class NormBTTrainer(LossInCheckpoints, Trainer):
         if type(head.weight) is not nn.Parameter or head.weight.shape != (1, head.in_features):
             return f"the head's weight is a {type(head.weight).__name__} of shape {tuple(head.weight.shape)}"
         return None
-
-    # --- data ---
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen_ids", "rejected_ids", *CONSTANTS]
-
-    def _tokenized(self, dataset: Any, name: str, whole: bool = False) -> Any:
-        """`dataset` as the collator takes it: as it is if it holds token ids, or is for somebody else's collator.
-
-        Raises:
-            ValueError: a row is no pair; or pairs are too long, all of them, or one where `whole` says that all count.
-        """
-        if isinstance(dataset, dict):
-            return {key: self._tokenized(part, f"{name}[{key!r}]") for key, part in dataset.items()}
-        if dataset is None or not isinstance(self.data_collator, PreferenceCollator):
-            return dataset
-        if isinstance(dataset, torch.utils.data.IterableDataset) and not hasattr(dataset, "map"):
-            return dataset  # a stream that might not begin anew after a look at its first row
-        first = next(iter(dataset), None)
-        if first is None or {"chosen_ids", "rejected_ids"} <= first.keys():
-            return dataset
-        with self.args.main_process_first(desc=f"tokenizing {name}"):  # the others find it in the cache
-            tokenized = tokenize_dataset(dataset, self.data_collator.tokenizer, self._max_length, name)
-        left_out = len(dataset) - len(tokenized) if hasattr(tokenized, "__len__") else 0
-        if left_out:
-            message = f"{name}: {left_out} of {len(dataset)} pairs are longer than {self._max_length} tokens"
-            if whole or left_out == len(dataset):
-                raise ValueError(message)
-            logger.warning(f"{message}, and left out")
-        return tokenized
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """As in `Trainer`; a data set given here may hold text or messages too."""
-        if not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
-        """As in `Trainer`; the data set may hold text or messages too, but no pair longer than `max_length`: the
-        predictions would not be those of the rows."""
-        return super().get_test_dataloader(self._tokenized(test_dataset, "test_dataset", whole=True))
 
     # --- loss ---
 
@@ -266,6 +268,11 @@ def _check_arguments(args: TrainingArguments) -> None:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process: start one process per GPU (torchrun or accelerate launch), "
             "or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} smooths token labels, of which pairs have none: "
+            "pass loss=LinearNormBTLoss(label_smoothing=...)"
         )
     refuse_fused_liger(args)
 
