@@ -370,7 +370,10 @@ def test_bad_rows_are_named(tmp_path, checkpoint, capsys, rows, message):
         (["--dataset", "good.jsonl", "--out", "nowhere/out.json"], "in a folder that exists"),
         (["--dataset", "good.jsonl", "--out", "out.txt"], "ends in .json"),
         (["--dataset", "good.jsonl", "--device", "toaster"], "--device toaster: "),
-        (["--dataset", "good.jsonl", "--max-length", "1"], "all 1 pairs are longer than 1 tokens (--max-length)"),
+        (
+            ["--dataset", "good.jsonl", "--max-length", "1"],
+            "none of the pairs is left: 1 of 1 pairs are longer than 1 tokens (--max-length)",
+        ),
         ([], "--dataset is required"),
     ],
 )

@@ -291,7 +291,7 @@ def test_row_numbers_are_line_numbers_despite_blank_lines(tmp_path):
     ("arguments", "message"),
     [
         (["--dataset", "missing.jsonl"], "missing.jsonl: no such file"),
-        (["--dataset", "notes.txt"], "notes.txt: not one of .json, .jsonl, .parquet"),
+        (["--dataset", "notes.txt"], "notes.txt: not one of .json, .jsonl, .csv"),
         (["--dataset", "broken.parquet"], "broken.parquet: not Parquet"),
         (["--dataset", "object.json"], "object.json: not a list of rows"),
         (["--dataset", "latin.jsonl"], "latin.jsonl, row 1: not JSON"),

@@ -178,7 +178,7 @@ def prepare(
     left_out: LeftOut,
     *,
     truncate: bool = False,
-    kind: str = "",
+    kind: str = "pairs",
 ) -> Prepared:
     """The token ids of `pairs`, which are of some `kind`, without those that `left_out` says; with `truncate` long
     sequences are cut, where the tokenizer cuts, and no pair is too long.
@@ -186,7 +186,7 @@ def prepare(
     Raises:
         UserError: as `tokenize_pair`; or no pair is left.
     """
-    rows = tokenize(pairs, tokenizer, f"tokenizing {kind}".strip())
+    rows = tokenize(pairs, tokenizer, f"tokenizing {kind}")
     remarks = summed_up((pair.where, remark(pair, row, tokenizer)) for pair, row in zip(pairs, rows, strict=True))
     if truncate:
         rows, num_cut = truncated(rows, left_out.max_length, tokenizer.truncation_side)
@@ -194,5 +194,5 @@ def prepare(
             remarks.append(f"{num_cut} of {len(rows)} pairs are cut to {left_out.max_length} tokens")
     kept, reasons = left_out.told(rows)
     if not kept:
-        raise UserError(f"no {kind} pairs are left: {' and '.join(reasons)}".replace("  ", " "))
+        raise UserError(f"none of the {kind} is left: {' and '.join(reasons)} (--max-length)")
     return Prepared(kept, reasons, remarks)
