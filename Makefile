@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The tests' workers are processes: one thread each keeps them from fighting for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test static lint clean
+.PHONY: demo test static lint docs package clean
 
 demo: $(VENV)/.installed
 	$(BIN)/normbt train
@@ -25,6 +25,20 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
+# The package as a stranger gets it, the wheel made from the sdist, in an environment of its own. $(VENV), which was
+# installed from the same list, lends the dependencies: they are checked against the wheel's list and not downloaded twice.
+package: $(VENV)/.installed-dev
+	rm -rf build/package
+	$(BIN)/python -m build --outdir build/package
+	$(PYTHON) -m venv build/package/venv
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > "$$(echo build/package/venv/lib/python*/site-packages)/lent.pth"
+	build/package/venv/bin/python -m pip install --quiet "$$(echo build/package/*.whl)[train]"
+	cd build/package && venv/bin/normbt train --loss normbt --max-steps 10 --disable-tqdm True
+	cd build/package && venv/bin/python -c "import normbt_kernels as n; assert 'build/package' in n.__file__, n.__file__"
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
@@ -40,4 +54,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@

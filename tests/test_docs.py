@@ -50,6 +50,11 @@ def test_benchmarks_and_make_targets_exist(page):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
+def test_the_site_lists_every_page():
+    listed = re.findall(r"^ +- (?:\w+: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert set(listed) == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+
+
 def commands():
     """Every `normbt` command of every page, in one line, but those of a shell loop, which test_reproduce.py runs."""
     for page in PAGES:
