@@ -137,7 +137,7 @@ def make_losses(model, device: torch.device) -> dict[str, Callable[[dict[str, Te
     running_mean: list[Tensor] = []  # of the eager contender, empty before the first batch
 
     def forward(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        reader.expect()
+        reader.expect(batch["input_ids"])
         rewards = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
         return rewards, reader.take(rewards)
 

@@ -172,7 +172,7 @@ def test_head_reader_keeps_the_pooled_rows_with_their_graph(first):
         pool_head(model)
     reader = HeadReader(find_head(model))
     pool_head(model) if first == "reader" else None
-    reader.expect()
+    reader.expect(make_batch()["input_ids"])
     logits = model(**make_batch()).logits
     rows = reader.take(logits)
     torch.testing.assert_close(rows @ model.score.weight.T, logits, rtol=1e-5, atol=1e-5)

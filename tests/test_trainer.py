@@ -375,7 +375,7 @@ def test_trainer_adds_no_host_synchronisation_to_those_of_model_and_loss(model, 
     batch = PreferenceCollator(tokenizer)(make_rows(4))
     model.train()
     trainer.compute_loss(model, batch)  # whatever happens only once
-    trainer.head_reader.expect()
+    trainer.head_reader.expect(batch["input_ids"])
     with HostReads() as of_model:
         logits = model(**batch).logits
     rows = trainer.head_reader.take(logits)

@@ -184,5 +184,5 @@ class _Probe:
         """What the rewards of all chosen, then all rejected sequences are computed from, (2P, H)."""
         batch = self.collate([self.rows[i] for i in pairs])
         inputs = {name: batch[name].to(self.head.weight.device) for name in ("input_ids", "attention_mask")}
-        self.reader.expect()
+        self.reader.expect(inputs["input_ids"])
         return self.reader.take(self.model(**inputs).logits)

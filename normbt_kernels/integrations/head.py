@@ -150,7 +150,8 @@ class HeadReader:
     def __init__(self, head: Head, pool: bool = False):
         self._name, self._pool = head.name, pool
         self._inputs = ModelInputs(head.owner)
-        self._expected = self._agreed = False
+        self._expected: tuple[int, int] | None = None
+        self._agreed = False
         self._tokens: tuple[Tensor, Tensor] | None = None
         self._rows: Tensor | None = None
         self._scored: Tensor | None = None
@@ -159,9 +160,9 @@ class HeadReader:
             head.module.register_forward_hook(self._after_head, prepend=True),  # before a pooled head expands
         )
 
-    def expect(self) -> None:
-        """The next forward pass is the one to read."""
-        self._expected = True
+    def expect(self, input_ids: Tensor) -> None:
+        """The next forward pass, of these tokens `(N, S)`, is the one to read."""
+        self._expected = tuple(input_ids.shape)
 
     def take(self, rewards: Tensor) -> Tensor:
         """The rows `(N, H)` of that forward pass, which gave `rewards`, `(N,)` or `(N, 1)`. Nothing is kept
@@ -172,7 +173,7 @@ class HeadReader:
                 not the rewards of these rows.
         """
         rows, scored = self._rows, self._scored
-        self._expected, self._tokens, self._rows, self._scored = False, None, None, None
+        self._expected = self._tokens = self._rows = self._scored = None
         if rows is None:
             raise UserError(
                 f"the forward of the model did not call its scalar head {self._name!r}: a patched forward that scores "
@@ -194,8 +195,7 @@ class HeadReader:
             raise UserError(
                 "the model's own rewards are not those of the last token of each sequence that is no padding, where "
                 f"NormBT reads its head {self._name!r}: they are up to {off:.3g} apart; have the model pool its hidden "
-                "states before its head (EuroBERT: classifier_pooling='mean'), or pad on the left if it is called with "
-                "embeddings (prompt tuning)"
+                "states before its head (EuroBERT: classifier_pooling='mean')"
             )
 
     def remove(self) -> None:
@@ -204,18 +204,23 @@ class HeadReader:
 
     def _before_head(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]):
         inputs = self._inputs.take()
-        if not self._expected:
+        if self._expected is None:
             return None
         self._rows = hidden = args[0] if args else kwargs["input"]
         if hidden.dim() == 2:
             return None
+        if hidden.shape[:2] != self._expected:
+            raise UserError(
+                f"the head {self._name!r} sees {tuple(hidden.shape)} for tokens {self._expected}: virtual tokens "
+                "before the padding (prompt tuning) make a reward depend on the padding; use LoRA or prefix tuning"
+            )
         self._tokens = each_at(self._inputs.unpadded_token(inputs, hidden))
         self._rows = hidden[self._tokens]
         self._length = hidden.shape[1]
         return ((self._rows,), {}) if self._pool else None
 
     def _after_head(self, module: nn.Module, args: tuple[Tensor, ...], rewards: Tensor) -> Tensor | None:
-        if not self._expected:
+        if self._expected is None:
             return None
         if self._pool and self._tokens is not None:
             self._scored = rewards.detach().reshape(-1)

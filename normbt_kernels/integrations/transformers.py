@@ -220,7 +220,7 @@ class NormBTTrainer(LossInCheckpoints, PairsInTrainer, Trainer):
         if num_rows % 2:
             raise ValueError(f"a batch holds all chosen sequences, then as many rejected: got {num_rows} sequences")
         constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
-        self.head_reader.expect()
+        self.head_reader.expect(inputs["input_ids"])
         outputs = model(**{name: value for name, value in inputs.items() if name not in CONSTANTS})
         rewards = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         rows = self.head_reader.take(rewards)

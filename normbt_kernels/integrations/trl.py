@@ -122,7 +122,7 @@ class NormBTRewardMixin(LossInCheckpoints):
                 f"{tuple(inputs['input_ids'].shape)}"
             )
         model_inputs = {name: value for name, value in inputs.items() if name != "margin"} | {"use_cache": False}
-        self.head_reader.expect()
+        self.head_reader.expect(inputs["input_ids"])
         outputs = model(**model_inputs)
         rows = self.head_reader.take(outputs.logits).detach()
         self.pair_loss.train(self.model.training)  # evaluation does not move mu

@@ -177,7 +177,7 @@ def fully_sharded_loop(folder):
     for of_ranks in unequal_batches(dist.get_world_size()):
         batch = collate([all_pairs[i] for i in of_ranks[dist.get_rank()]])
         margin = batch.pop("margin")
-        reader.expect()
+        reader.expect(batch["input_ids"])
         rewards = model(**batch).logits[:, 0]
         loss = loss_fn(*rewards.chunk(2), *reader.take(rewards).chunk(2), margin=margin)
         (loss * dist.get_world_size() / sum(map(len, of_ranks))).backward()
