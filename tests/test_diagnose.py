@@ -19,7 +19,7 @@ from normbt_kernels import linear_normbt_loss
 from normbt_kernels.commands import cli
 from normbt_kernels.commands import diagnose as command
 from normbt_kernels.data import demo
-from normbt_kernels.data.built_in import EMBEDDED
+from normbt_kernels.data.built_in import GENERATED
 from normbt_kernels.data.tokens import LeftOut, prepare, tokenize
 from normbt_kernels.diagnostics import Diagnosis, diagnose, measure
 from normbt_kernels.diagnostics.diagnosis import slope_at_fixed_error
@@ -321,9 +321,9 @@ def run_cli(*arguments):
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory):
+def built_in(tmp_path_factory):
     """`normbt diagnose` as it stands, in its own process."""
-    folder = tmp_path_factory.mktemp("embedded")
+    folder = tmp_path_factory.mktemp("built_in")
     process = subprocess.run(
         [sys.executable, "-m", "normbt_kernels", "diagnose"], cwd=folder, capture_output=True, text=True
     )
@@ -331,8 +331,8 @@ def embedded(tmp_path_factory):
     return folder, process, json.loads((folder / "normbt-diagnosis.json").read_text())
 
 
-def test_on_the_embedded_model_the_heads_slope_is_1_under_bt_and_0_under_normbt(embedded):
-    _, process, report = embedded
+def test_on_the_built_in_model_the_heads_slope_is_1_under_bt_and_0_under_normbt(built_in):
+    _, process, report = built_in
     head, backbone = report["slopes"]["head"], report["slopes"]["backbone"]
     for slope, exact in ((head["bt"], 1), (head["normbt"], 0)):
         assert slope["slope"] == exact
@@ -348,8 +348,8 @@ def test_on_the_embedded_model_the_heads_slope_is_1_under_bt_and_0_under_normbt(
             assert f"{slope['slope']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]" in process.stdout
 
 
-def test_the_embedded_diagnosis_is_whole_in_table_json_and_figure(embedded):
-    folder, process, report = embedded
+def test_the_built_in_diagnosis_is_whole_in_table_json_and_figure(built_in):
+    folder, process, report = built_in
     assert sorted(path.name for path in folder.iterdir()) == ["normbt-diagnosis.json", "normbt-diagnosis.png"]
     assert (folder / "normbt-diagnosis.png").read_bytes().startswith(b"\x89PNG")
     assert "backbone gradients" in process.stderr  # the progress bar
@@ -375,7 +375,7 @@ def test_the_embedded_diagnosis_is_whole_in_table_json_and_figure(embedded):
     assert sum(cell["num_gradients"] for cell in report["bins"]["cells"]) == 256
 
 
-def test_the_embedded_model_is_trained_with_plain_bt(monkeypatch):
+def test_the_built_in_model_is_trained_with_plain_bt(monkeypatch):
     """Without the margins that its pairs have."""
     calls = []
 
@@ -387,7 +387,7 @@ def test_the_embedded_model_is_trained_with_plain_bt(monkeypatch):
 
     monkeypatch.setattr(command, "LinearBTLoss", Watched)
     monkeypatch.setattr(command, "FEW_STEPS", 2)
-    command._half_trained(EMBEDDED, demo.demo_tokenizer(), "cpu")
+    command._half_trained(GENERATED, demo.demo_tokenizer(), "cpu")
     assert len(calls) == 2
     for rewards, loss in calls:
         chosen, rejected = rewards.chunk(2)

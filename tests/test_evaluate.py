@@ -237,7 +237,7 @@ def test_long_pairs_are_left_out_and_counted(tmp_path, checkpoint, capsys):
     assert "Left out 5 pairs longer than 30 tokens." in capsys.readouterr().out
 
 
-# --- the embedded default, and stopping ----------------------------------------------------------------------------
+# --- the built-in default, and stopping ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def demo_checkpoint(tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_of_the_embedded_default_needs_no_data(tmp_path, demo_checkpoint):
+def test_a_checkpoint_of_the_built_in_default_needs_no_data(tmp_path, demo_checkpoint):
     assert run_cli(demo_checkpoint, "--batch-size", 100, "--out", tmp_path / "out.json") == 0
     report = json.loads((tmp_path / "out.json").read_text())
     model = AutoModelForSequenceClassification.from_pretrained(demo_checkpoint)

@@ -157,7 +157,7 @@ def test_diagnose_and_evaluate_take_it_by_name(tmp_path, monkeypatch, capsys):
     arguments = ["--dataset", "stdlib-faults", "--batch-size", "50"]
     assert cli.main(["diagnose", *arguments, "--num-gradients", "8", "--out", str(tmp_path / "diagnosis.json")]) == 0
     diagnosis = json.loads((tmp_path / "diagnosis.json").read_text())
-    assert diagnosis["model"] == "embedded small Llama after 2 steps of BT"
+    assert diagnosis["model"] == "built-in small Llama after 2 steps of BT"
     assert diagnosis["slopes"]["head"]["bt"]["slope"] == 1
     assert {category["name"] for category in diagnosis["categories"]} >= {f"fine: {kind}" for kind in KINDS}
 

@@ -75,7 +75,7 @@ def chat_rows(num_rows):
     ]
 
 
-# --- the embedded default ------------------------------------------------------------------------------------------
+# --- the built-in default ------------------------------------------------------------------------------------------
 
 
 def test_train_without_arguments_compares_bt_and_normbt(tmp_path):
@@ -109,7 +109,7 @@ def test_train_without_arguments_compares_bt_and_normbt(tmp_path):
     assert results["losses"]["bt"]["history"][0] != results["losses"]["normbt"]["history"][0]
 
 
-def test_embedded_pairs_are_what_they_say():
+def test_built_in_pairs_are_what_they_say():
     pairs = demo.demo_pairs(400, seed="any")
     assert pairs == demo.demo_pairs(400, seed="any")
     assert pairs != demo.demo_pairs(400, seed="other")

@@ -31,7 +31,7 @@ TRAIN_DESCRIPTION = f"""\
 Train a reward model with NormBT and the Hugging Face Trainer.
 
   normbt train
-      The embedded default: a tiny Llama and generated pairs, plain Bradley-Terry (BT) beside NormBT, in about a
+      The built-in default: a tiny Llama and generated pairs, plain Bradley-Terry (BT) beside NormBT, in about a
       minute on one CPU core. Downloads nothing. Writes to ./{DEMO_OUTPUT_DIR}, or to ./{DEMO_OUTPUT_DIR}-2, -3, ...
       where that exists.
   normbt train --dataset stdlib-faults
@@ -66,7 +66,7 @@ Score preference pairs with a trained reward model, and count the right ones as 
 strictly, by the model's own logits; sections weighted by RewardBench's example counts.
 
   normbt evaluate normbt-demo/normbt
-      A checkpoint of the embedded default on the embedded held-out pairs.
+      A checkpoint of the built-in default on the built-in held-out pairs.
   normbt evaluate runs/mine/normbt --dataset allenai/reward-bench --out rewardbench.json
       A row has the columns prompt, chosen, rejected and subset. Such a row becomes a conversation by the tokenizer's
       chat template, as in the rewardbench package; a row without subset is read as by normbt train.
@@ -80,7 +80,7 @@ DIAGNOSE_DESCRIPTION = """\
 Measure which pairs plain Bradley-Terry (BT) gives its gradient to, and how NormBT would share it out.
 
   normbt diagnose
-      The embedded default: a tiny Llama after a short training with BT, on the embedded held-out pairs.
+      The built-in default: a tiny Llama after a short training with BT, on the built-in held-out pairs.
   normbt diagnose --dataset stdlib-faults
       The same for functions of Python's standard library, and the same with a fault.
   normbt diagnose --model ./my-reward-model --dataset pairs.jsonl --out my.json
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     evaluate.add_argument("model", metavar="MODEL", help="trained classifier with one label: local folder or hub id")
-    _add_data_options(evaluate, "the embedded held-out pairs", split="filtered")
+    _add_data_options(evaluate, "the built-in held-out pairs", split="filtered")
     evaluate.add_argument(
         "--max-length",
         type=_positive,
@@ -163,8 +163,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    diagnose.add_argument("--model", metavar="PATH|ID", help="checkpoint, as for normbt train (default: embedded)")
-    _add_data_options(diagnose, "the embedded held-out pairs", split="train")
+    diagnose.add_argument("--model", metavar="PATH|ID", help="checkpoint, as for normbt train (default: built-in)")
+    _add_data_options(diagnose, "the built-in held-out pairs", split="train")
     diagnose.add_argument(
         "--num-gradients",
         type=_positive,
@@ -256,7 +256,7 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
     check_train_options(options)
     from_scratch = find_built_in(options.dataset) if options.model is None else None
     if from_scratch is None and None in (options.model, options.dataset):
-        raise UserError("--model and --dataset go together; leave out both for the embedded default")
+        raise UserError("--model and --dataset go together; leave out both for the built-in default")
     if from_scratch is None and options.output_dir is None:
         raise UserError("--output-dir is required with --model")
     if options.output_dir is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -12,7 +12,7 @@ from normbt_kernels._version import versions
 from normbt_kernels.commands.evaluate import demo_pairs
 from normbt_kernels.commands.losses import LinearBTLoss, loss_rows
 from normbt_kernels.commands.train import LossOnTheBar, one_device
-from normbt_kernels.data.built_in import EMBEDDED, BuiltIn, find_built_in
+from normbt_kernels.data.built_in import GENERATED, BuiltIn, find_built_in
 from normbt_kernels.data.checkpoints import checkpoint_position_limit, load_model, load_training_tokenizer
 from normbt_kernels.data.preferences import load_preferences
 from normbt_kernels.data.tokens import LeftOut, remark, summed_up, tokenize, truncated
@@ -24,7 +24,7 @@ from normbt_kernels.integrations.transformers import NormBTTrainer
 from normbt_kernels.resumable import partial_path
 
 SEED = 42
-FEW_STEPS = 200  # of BT: on the embedded pairs enough to learn the style, and too few to learn the arithmetic
+FEW_STEPS = 200  # of BT: on the generated pairs enough to learn the style, and too few to learn the arithmetic
 
 
 def run(
@@ -47,7 +47,7 @@ def run(
     """
     from_scratch = find_built_in(dataset) if model is None else None
     if model is None and from_scratch is None:
-        raise UserError("--dataset needs a --model; leave out both for the embedded default")
+        raise UserError("--dataset needs a --model; leave out both for the built-in default")
     tokenizer = load_training_tokenizer(model) if from_scratch is None else from_scratch.make_tokenizer()
     if from_scratch is not None:
         pairs = from_scratch.pairs("test", SEED)
@@ -82,7 +82,7 @@ def run(
     )
     report = {
         "model": model or f"{from_scratch.model_name} after {FEW_STEPS} steps of BT",
-        "dataset": dataset or EMBEDDED.name,
+        "dataset": dataset or GENERATED.name,
         "dtype": str(classifier.dtype).removeprefix("torch."),
         **diagnosis.summary(),
         "versions": versions(),

@@ -44,7 +44,7 @@ def run(
     """
     tokenizer = load_scoring_tokenizer(model)
     if dataset is None:
-        pairs, dataset = demo_pairs(tokenizer), "embedded generated pairs"
+        pairs, dataset = demo_pairs(tokenizer), "built-in generated pairs"
     else:
         pairs = load_preferences(dataset, dataset_config, dataset_split, parse=_parser(tokenizer))
     limits = (max_length, tokenizer.model_max_length, checkpoint_position_limit(model))
@@ -79,13 +79,13 @@ def run(
 
 
 def demo_pairs(tokenizer: PreTrainedTokenizerBase) -> list[Preference]:
-    """The held-out pairs of the embedded default.
+    """The held-out pairs of the built-in default.
 
     Raises:
-        UserError: the tokenizer is not that of the embedded default.
+        UserError: the tokenizer is not that of the built-in default.
     """
     if tokenizer.get_vocab() != demo.demo_tokenizer().get_vocab():
-        raise UserError("--dataset is required: the embedded pairs are for checkpoints of the embedded default only")
+        raise UserError("--dataset is required: the built-in pairs are for checkpoints of the built-in default only")
     return demo.demo_pairs(demo.NUM_EVAL_PAIRS, seed="held-out")
 
 

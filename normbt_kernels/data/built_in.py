@@ -25,9 +25,9 @@ class BuiltIn:
     training_defaults: dict[str, Any]
 
 
-EMBEDDED = BuiltIn(
-    name="embedded generated pairs",
-    model_name="embedded tiny Llama",
+GENERATED = BuiltIn(
+    name="built-in generated pairs",
+    model_name="built-in tiny Llama",
     pairs=demo.split_pairs,
     make_tokenizer=demo.demo_tokenizer,
     make_model=demo.demo_model,
@@ -36,7 +36,7 @@ EMBEDDED = BuiltIn(
 
 STANDARD_LIBRARY = BuiltIn(
     name=STDLIB_FAULTS,
-    model_name="embedded small Llama",
+    model_name="built-in small Llama",
     pairs=stdlib_faults.split_pairs,
     make_tokenizer=stdlib_faults.stdlib_tokenizer,
     make_model=stdlib_faults.stdlib_model,
@@ -45,5 +45,5 @@ STANDARD_LIBRARY = BuiltIn(
 
 
 def find_built_in(dataset: str | None) -> BuiltIn | None:
-    """What `--dataset` means without a model: the embedded default if left out, None for data of the user's."""
-    return {None: EMBEDDED, STDLIB_FAULTS: STANDARD_LIBRARY}.get(dataset)
+    """What `--dataset` means without a model: the built-in default if left out, None for data of the user's."""
+    return {None: GENERATED, STDLIB_FAULTS: STANDARD_LIBRARY}.get(dataset)

@@ -1,4 +1,4 @@
-"""The embedded default: a reward model of 0.1M parameters and preference pairs of two kinds.
+"""The built-in default: a reward model of 0.1M parameters and preference pairs of two kinds.
 
 Each answer doubles two numbers, and wears a few style words:
 

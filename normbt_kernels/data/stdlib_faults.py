@@ -50,7 +50,7 @@ OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {
 OPPOSITES |= {opposite: operator for operator, opposite in OPPOSITES.items()}
 SYMMETRIC = {"max", "min"}  # calls whose arguments may be swapped without harm
 
-# TrainingArguments of the embedded model, unless the command line says otherwise.
+# TrainingArguments of the built-in model, unless the command line says otherwise.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "max_steps": 600,
     "per_device_train_batch_size": 16,
