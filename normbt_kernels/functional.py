@@ -1,38 +1,16 @@
-"""The functional face: what comes in is checked here, before anything is computed or changed.
-
-What is checked where: shapes, dtypes, devices and Python numbers always, here, on the host and without waiting
-for a device. The *values* of `pairs` and `last_token` are checked by the operators, where they lie on the CPU
-(under `torch.compile` too); on a GPU the kernels never follow a row or a token that is out of range, and its
-pair's distance and loss are NaN.
-"""
+"""The functional face of the package: the three public functions, and what they return."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from normbt_kernels.ops.losses import LinearLoss, RewardLoss
-from normbt_kernels.ops.pair_distance import pair_distance as pair_distance_op
-from normbt_kernels.ops.pair_loss import (
-    ACCURACY,
-    BT_LOSS,
-    CHOSEN_REWARD,
-    DISTANCE,
-    MEAN_DISTANCE,
-    REJECTED_REWARD,
-    WEIGHT,
-    LossOptions,
-    Mean,
-)
-from normbt_kernels.ops.pairs import split_pairs
-
-LAYOUTS = ("halves", "interleaved")
-REDUCTIONS = ("mean", "sum", "none")
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from normbt_kernels.checks import linear_inputs, loss_options, mu_of, reward_inputs, row_pairs
+from normbt_kernels.ops.autograd import pair_loss
+from normbt_kernels.ops.pair_distance import measure_distances
+from normbt_kernels.ops.pair_loss import LossOptions, LossResult, Mu, Scores
+from normbt_kernels.ops.pairs import RowPairs
 
 
 class NormBTStats(NamedTuple):
@@ -41,12 +19,11 @@ class NormBTStats(NamedTuple):
     chosen_rewards: Tensor  # (P,)
     rejected_rewards: Tensor  # (P,)
     distance: Tensor  # (P,) ||h_c - h_r||_2
-    weight: Tensor  # (P,) min(mu / (distance + eps), max_weight); without `pair_weight`
+    weight: Tensor  # (P,) min((mu / (distance + eps))^power, max_weight); without `pair_weight`
     mean_distance: Tensor  # ()
     bt_loss: Tensor  # () mean loss with all weights 1 and no centering: comparable across runs
-    accuracy: (
-        Tensor  # () share of pairs with d > 0; of a linear head d = v . (h_c - h_r), before the rewards are rounded
-    )
+    # () share of pairs with d > 0; of a linear head d = v . (h_c - h_r), before the rewards are rounded
+    accuracy: Tensor
 
 
 def normbt_loss(
@@ -62,26 +39,29 @@ def normbt_loss(
     center_coef: float = 0.0,
     eps: float = 1e-6,
     max_weight: float | None = 100.0,
+    power: float = 1.0,
     reduction: str = "mean",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, NormBTStats]:
     """NormBT on rewards that some model has computed (arXiv:2512.06343, section 3).
 
         loss = mean_p [ q w l(r_c - r_r - margin) + center_coef (r_c + r_r)^2 ]
-        w    = min(mu / (||h_c - h_r||_2 + eps), max_weight), a constant in backward
+        w    = min((mu / (||h_c - h_r||_2 + eps))^power, max_weight), a constant in backward
 
     Args:
         chosen_rewards, rejected_rewards: (P,) or (P, 1), floating point. They receive the gradients.
         chosen_hidden, rejected_hidden: (P, H), the inputs of the score head at the pooled token. Any strides.
             They may require grad and receive none from this loss: the weight is a stop-gradient.
-        mu: mean distance of earlier batches, a number or a 0-d tensor; None takes this batch's own mean.
+        mu: mean distance of earlier batches, a number or a 0-d tensor; None takes this batch's own mean, for which
+            the rows are read a second time.
         margin: (P,) subtracted from r_c - r_r. A constant: receives no gradient.
         pair_weight: (P,) multiplies each pair's loss (q). A constant: receives no gradient.
         label_smoothing: s in [0, 1); l = -[(1-s) log sigma(z) + s log sigma(-z)].
         center_coef: weight of the centering term, which is never multiplied by w or q.
         eps: added to the distance, >= 0. On a GPU, a new value of this or of the other numbers below compiles the
             kernel anew (a second or so, once for each value); mu may change freely.
-        max_weight: cap on w, which identical pairs would otherwise take to mu / eps; None for no cap.
+        max_weight: cap on w, which identical pairs would otherwise take to (mu / eps)^power; None for no cap.
+        power: how strongly distance weighs, >= 0: 1 is the paper's NormBT, 0 plain Bradley-Terry.
         reduction: "mean" over pairs, "sum" (no division), or "none" (the (P,) vector).
         return_stats: also return `NormBTStats`.
 
@@ -93,10 +73,10 @@ def normbt_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was seen.
     """
-    mean = mean_of(mu, chosen_hidden)
-    options = loss_options(label_smoothing, center_coef, eps, max_weight, reduction)
+    mu = mu_of(mu, chosen_hidden)
+    options = loss_options(label_smoothing, center_coef, eps, max_weight, power, reduction)
     inputs = reward_inputs(chosen_rewards, rejected_rewards, chosen_hidden, rejected_hidden, margin, pair_weight)
-    return finish(*RewardLoss.apply(*inputs, mean, options), return_stats)
+    return loss_and_stats(*inputs, mu, options, return_stats)
 
 
 def linear_normbt_loss(
@@ -113,6 +93,7 @@ def linear_normbt_loss(
     center_coef: float = 0.0,
     eps: float = 1e-6,
     max_weight: float | None = 100.0,
+    power: float = 1.0,
     reduction: str = "mean",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, NormBTStats]:
@@ -129,7 +110,7 @@ def linear_normbt_loss(
         pairs: "halves" (row i is chosen over row i + N/2), "interleaved" (row 2i over row 2i + 1), or int64
             (P, 2) of (chosen, rejected) rows, where a row may serve in many pairs or in none.
         last_token: int32 or int64 (N,), the position in S of each sequence's pooled row.
-        margin, pair_weight, label_smoothing, center_coef, eps, max_weight, reduction, return_stats: as in
+        margin, pair_weight, label_smoothing, center_coef, eps, max_weight, power, reduction, return_stats: as in
             `normbt_loss`.
 
     Returns:
@@ -142,10 +123,10 @@ def linear_normbt_loss(
         TypeError, ValueError: naming the argument, what was expected and what was seen. `pairs` and
         `last_token` out of range: raised for CPU tensors; on a GPU the pair's loss is NaN (no synchronisation).
     """
-    mean = mean_of(mu, hidden)
-    options = loss_options(label_smoothing, center_coef, eps, max_weight, reduction)
+    mu = mu_of(mu, hidden)
+    options = loss_options(label_smoothing, center_coef, eps, max_weight, power, reduction)
     inputs = linear_inputs(hidden, weight, bias, pairs, last_token, margin, pair_weight)
-    return finish(*LinearLoss.apply(*inputs, mean, options, trains_head(weight, bias)), return_stats)
+    return loss_and_stats(*inputs, mu, options, return_stats)
 
 
 def pair_distance(hidden: Tensor, pairs: str | Tensor = "halves", last_token: Tensor | None = None) -> Tensor:
@@ -157,203 +138,17 @@ def pair_distance(hidden: Tensor, pairs: str | Tensor = "halves", last_token: Te
     Raises:
         TypeError, ValueError: as `linear_normbt_loss`.
     """
-    check_rows(hidden, pairs, last_token)
-    return pair_distance_op(*split_pairs(hidden.detach(), pairs, last_token))
+    return measure_distances(row_pairs(hidden, pairs, last_token))
 
 
-def finish(loss: Tensor, pair_table: Tensor, batch_table: Tensor, return_stats: bool):
-    """The public result of a form of the loss."""
-    if not return_stats:
-        return loss
-    return loss, NormBTStats(
-        pair_table[CHOSEN_REWARD],
-        pair_table[REJECTED_REWARD],
-        pair_table[DISTANCE],
-        pair_table[WEIGHT],
-        batch_table[MEAN_DISTANCE],
-        batch_table[BT_LOSS],
-        batch_table[ACCURACY],
-    )
+def loss_and_stats(
+    rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, return_stats: bool
+) -> Tensor | tuple[Tensor, NormBTStats]:
+    """What both forms and both modules return, of inputs that were checked."""
+    result = pair_loss(rows, scores, mu, options, return_stats)
+    return (result.loss, stats_of(result)) if return_stats else result.loss
 
 
-def trains_head(weight: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-
-
-def loss_options(
-    label_smoothing: float, center_coef: float, eps: float, max_weight: float | None, reduction: str
-) -> LossOptions:
-    """The checked constants of the loss."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    for name, value in (("label_smoothing", label_smoothing), ("center_coef", center_coef), ("eps", eps)):
-        if not _is_number(value):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    # Comparisons in place of math.isfinite, which torch.compile cannot trace for a number that varies.
-    if not abs(center_coef) < math.inf:
-        raise ValueError(f"center_coef must be finite, got {center_coef}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and >= 0, got {eps}")
-    if max_weight is not None:
-        if not _is_number(max_weight):
-            raise TypeError(f"max_weight must be a number or None, got {type(max_weight).__name__}")
-        if not max_weight > 0:
-            raise ValueError(f"max_weight must be > 0 or None for no cap, got {max_weight}")
-        max_weight = float(max_weight)
-    return LossOptions(float(label_smoothing), float(center_coef), float(eps), max_weight, reduction)
-
-
-def mean_of(mu: float | Tensor | None, hidden: Tensor) -> Mean:
-    """The checked `mu` of the functional forms."""
-    if mu is None:
-        return Mean(None, None, None, None)
-    if isinstance(mu, Tensor):
-        if mu.dim() != 0:
-            raise ValueError(f"mu must be a number, a 0-d tensor or None, got a tensor of shape {tuple(mu.shape)}")
-        if not mu.is_floating_point():
-            raise TypeError(f"mu must be of a floating-point dtype, got {mu.dtype}")
-        if isinstance(hidden, Tensor):
-            _check_device("mu", mu, hidden.device)
-        return Mean(mu.detach(), None, None, None)
-    if not _is_number(mu):
-        raise TypeError(f"mu must be a number, a 0-d tensor or None, got {type(mu).__name__}")
-    if not 0 <= mu < math.inf:
-        raise ValueError(f"mu must be finite and >= 0, got {mu}")
-    return Mean(None, float(mu), None, None)
-
-
-def reward_inputs(chosen_rewards, rejected_rewards, chosen_hidden, rejected_hidden, margin, pair_weight) -> tuple:
-    """The checked tensors of the reward form, as `RewardLoss` takes them."""
-    _check_hidden("chosen_hidden", chosen_hidden, 2)
-    _check_hidden("rejected_hidden", rejected_hidden, 2)
-    if chosen_hidden.shape != rejected_hidden.shape:
-        raise ValueError(
-            "chosen_hidden and rejected_hidden must have one shape (P, H), "
-            f"got {tuple(chosen_hidden.shape)} and {tuple(rejected_hidden.shape)}"
-        )
-    num_pairs, device = chosen_hidden.shape[0], chosen_hidden.device
-    _check_device("rejected_hidden", rejected_hidden, device)
-    return (
-        _rewards("chosen_rewards", chosen_rewards, num_pairs, device),
-        _rewards("rejected_rewards", rejected_rewards, num_pairs, device),
-        chosen_hidden.detach(),
-        rejected_hidden.detach(),
-        _constant("margin", margin, num_pairs, device),
-        _constant("pair_weight", pair_weight, num_pairs, device),
-    )
-
-
-def linear_inputs(hidden, weight, bias, pairs, last_token, margin, pair_weight) -> tuple:
-    """The checked tensors of the linear form, as `LinearLoss` takes them."""
-    num_pairs = check_rows(hidden, pairs, last_token)
-    hidden_size = hidden.shape[-1]
-    _check_floating("weight", weight)
-    if weight.shape not in ((hidden_size,), (1, hidden_size)):
-        raise ValueError(
-            f"weight must be (H,) or (1, H) with H = {hidden_size} as in hidden {tuple(hidden.shape)}, "
-            f"got {tuple(weight.shape)}"
-        )
-    _check_device("weight", weight, hidden.device)
-    if bias is not None:
-        _check_floating("bias", bias)
-        if bias.shape not in ((), (1,)):
-            raise ValueError(f"bias must be () or (1,), got {tuple(bias.shape)}")
-        _check_device("bias", bias, hidden.device)
-        bias = bias.reshape(())
-    return (
-        hidden,
-        weight.reshape(hidden_size),
-        bias,
-        pairs,
-        last_token,
-        _constant("margin", margin, num_pairs, hidden.device),
-        _constant("pair_weight", pair_weight, num_pairs, hidden.device),
-    )
-
-
-def check_rows(hidden: Tensor, pairs: str | Tensor, last_token: Tensor | None) -> int:
-    """Checks which rows of `hidden` make up the pairs, and returns how many pairs they are."""
-    if last_token is None:
-        _check_hidden("hidden", hidden, 2, " (or (N, S, H) with last_token)")
-    else:
-        _check_hidden("hidden", hidden, 3, " with last_token")
-        _check_last_token(last_token, hidden)
-    num_rows = hidden.shape[0]
-    if isinstance(pairs, Tensor):
-        if pairs.dtype != torch.int64:
-            raise TypeError(f"pairs must be int64, got {pairs.dtype}")
-        if pairs.dim() != 2 or pairs.shape[1] != 2:
-            raise ValueError(f"pairs must be (P, 2) of (chosen, rejected) rows, got {tuple(pairs.shape)}")
-        _check_device("pairs", pairs, hidden.device)
-        return pairs.shape[0]
-    if not isinstance(pairs, str):
-        raise TypeError(f"pairs must be one of {LAYOUTS} or an int64 tensor (P, 2), got {type(pairs).__name__}")
-    if pairs not in LAYOUTS:
-        raise ValueError(f"pairs must be one of {LAYOUTS} or an int64 tensor (P, 2), got {pairs!r}")
-    if num_rows % 2:
-        raise ValueError(f"pairs={pairs!r} needs an even number of rows, got hidden {tuple(hidden.shape)}")
-    return num_rows // 2
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, but the hidden states are on {device}")
-
-
-def _check_hidden(name: str, hidden: Tensor, dims: int, suffix: str = "") -> None:
-    _check_floating(name, hidden)
-    if hidden.dim() != dims:
-        expected = "(rows, H)" if dims == 2 else "(N, S, H)"
-        raise ValueError(f"{name} must be {expected}{suffix}, got {tuple(hidden.shape)}")
-    if hidden.shape[-1] == 0:
-        raise ValueError(f"{name} must have at least one column, got {tuple(hidden.shape)}")
-
-
-def _check_last_token(last_token: Tensor, hidden: Tensor) -> None:
-    if not isinstance(last_token, Tensor) or last_token.dtype not in (torch.int32, torch.int64):
-        seen = last_token.dtype if isinstance(last_token, Tensor) else type(last_token).__name__
-        raise TypeError(f"last_token must be an int32 or int64 tensor, got {seen}")
-    if last_token.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"last_token must be (N,) with one position for each sequence of hidden {tuple(hidden.shape)}, "
-            f"got {tuple(last_token.shape)}"
-        )
-    _check_device("last_token", last_token, hidden.device)
-
-
-def _rewards(name: str, rewards: Tensor, num_pairs: int, device: torch.device) -> Tensor:
-    _check_floating(name, rewards)
-    if rewards.shape not in ((num_pairs,), (num_pairs, 1)):
-        raise ValueError(f"{name} must be (P,) or (P, 1) with P = {num_pairs} pairs, got {tuple(rewards.shape)}")
-    _check_device(name, rewards, device)
-    return rewards.reshape(num_pairs)
-
-
-def _constant(name: str, value: Tensor | None, num_pairs: int, device: torch.device) -> Tensor | None:
-    """`margin` or `pair_weight`: any real dtype, as data sets have them."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.is_complex() or (value.is_floating_point() and value.dtype not in FLOATING):
-        raise TypeError(
-            f"{name} must be real, got {value.dtype} (known: bool, integers, float16, bfloat16, float32, float64)"
-        )
-    if value.shape not in ((num_pairs,), (num_pairs, 1)):
-        raise ValueError(f"{name} must be (P,) or (P, 1) with P = {num_pairs} pairs, got {tuple(value.shape)}")
-    _check_device(name, value, device)
-    value = value.detach().reshape(num_pairs)
-    return value if value.is_floating_point() else value.to(torch.float32)
+def stats_of(result: LossResult) -> NormBTStats:
+    distance, weight, chosen_rewards, rejected_rewards = result.pair_stats
+    return NormBTStats(chosen_rewards, rejected_rewards, distance, weight, *result.batch_stats)

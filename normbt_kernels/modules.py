@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from normbt_kernels.functional import (
-    NormBTStats,
-    finish,
-    linear_inputs,
-    loss_options,
-    reward_inputs,
-    trains_head,
-)
-from normbt_kernels.ops.ema import update_ema_
-from normbt_kernels.ops.losses import LinearLoss, RewardLoss
-from normbt_kernels.ops.pair_distance import pair_distance
-from normbt_kernels.ops.pair_loss import DISTANCE_SUM, Mean
-from normbt_kernels.ops.pairs import RowPairs, split_pairs
+from normbt_kernels.checks import linear_inputs, loss_options, reward_inputs
+from normbt_kernels.functional import NormBTStats, loss_and_stats
+from normbt_kernels.ops.ema import EMA, move_mu_now
+from normbt_kernels.ops.pair_distance import measure_distances
+from normbt_kernels.ops.pair_loss import Mu, Scores
+from normbt_kernels.ops.pairs import RowPairs
 
 
 class DistanceEMA(nn.Module):
@@ -56,6 +48,7 @@ class DistanceEMA(nn.Module):
         center_coef: float = 0.0,
         reduction: str = "mean",
         process_group: dist.ProcessGroup | str | None = "default",
+        power: float = 1.0,
     ):
         super().__init__()
         if not isinstance(beta, (int, float)) or isinstance(beta, bool):
@@ -69,22 +62,24 @@ class DistanceEMA(nn.Module):
                 f"got {process_group!r}"
             )
         self.beta = float(beta)
-        self.options = loss_options(label_smoothing, center_coef, eps, max_weight, reduction)
+        self.options = loss_options(label_smoothing, center_coef, eps, max_weight, power, reduction)
         self.process_group = process_group
         self.register_buffer("mu", torch.zeros((), dtype=torch.float32))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        self._pending: tuple[dist.Work, Tensor] | None = None
-        self._first_call = True
+        # Sum of distances and number of pairs that have not entered mu yet.
+        self.register_buffer("pending", torch.zeros(2, dtype=torch.float32), persistent=False)
+        self._work: dist.Work | None = None
+        self._started = False  # whether there has been a first batch, which the host knows without asking a device
 
     def synchronize(self) -> None:
         """Completes a reduction across ranks that is still under way, so that `mu` includes the last batch."""
-        if self._pending is None:
+        if self._work is None:
             return
-        (work, totals), self._pending = self._pending, None
+        work, self._work = self._work, None
         work.wait()
-        self._update(totals)
+        move_mu_now(self.mu, self.num_updates, self.pending, self.beta)
 
-    def _score(self, rows: RowPairs, apply: Callable[[Mean], tuple[Tensor, Tensor, Tensor]], return_stats: bool):
+    def _score(self, rows: RowPairs, scores: Scores, return_stats: bool):
         """Runs the loss with the mean that weighs this batch, and updates the EMA."""
         if self.mu.device != rows.chosen.device:
             raise ValueError(
@@ -93,39 +88,29 @@ class DistanceEMA(nn.Module):
             )
         self.synchronize()
         group = self._group()
-        if group is None or not self.training:
-            return finish(*apply(self._mean(self.beta if self.training else None)), return_stats)
-        if self._may_be_new():
-            # No mu yet: all ranks' mean must be known before the weights, so this once the distances come first.
-            distance = pair_distance(*rows)
+        if not self.training:
+            ema = EMA(self.mu, self.num_updates, None, None)
+            return loss_and_stats(rows, scores, Mu(ema=ema, own_mean=not self._started), self.options, return_stats)
+        first, tensor = not self._started, None
+        if first and group is not None:
+            # All ranks' mean must be known before the weights, so this once it is exchanged before the loss.
+            distance = measure_distances(rows)
             totals = torch.stack([distance.sum(), distance.new_full((), distance.numel())])
             dist.all_reduce(totals, group=group)
-            mu = torch.where(self.num_updates == 0, totals[0] / totals[1], self.mu)
-            result = apply(Mean(mu, None, None, None))
-            self._update(totals)
-            self._first_call = False
-        else:
-            result = apply(self._mean(None))
-            totals = result[2][DISTANCE_SUM:].clone()
-            self._pending = dist.all_reduce(totals, group=group, async_op=True), totals
-        return finish(*result, return_stats)
-
-    def _mean(self, beta: float | None) -> Mean:
-        return Mean(self.mu, None, self.num_updates, beta)
-
-    def _may_be_new(self) -> bool:
-        # On a GPU the host does not ask whether the first batch gave a mu.
-        return self.num_updates.item() == 0 if self.num_updates.device.type == "cpu" else self._first_call
+            tensor = totals[0] / totals[1]
+        ema = EMA(self.mu, self.num_updates, self.pending, self.beta if group is None else None)
+        mu = Mu(tensor=tensor, ema=ema, own_mean=first and group is None)
+        result = loss_and_stats(rows, scores, mu, self.options, return_stats)
+        self._started |= rows.num_pairs > 0 or group is not None
+        if group is not None:
+            self._work = dist.all_reduce(self.pending, group=group, async_op=True)
+        return result
 
     def _group(self) -> dist.ProcessGroup | None:
         """The ranks that share the mean, None where there are none."""
         if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
             return None
         return dist.group.WORLD if self.process_group == "default" else self.process_group
-
-    @torch.no_grad()
-    def _update(self, totals: Tensor) -> None:
-        update_ema_(self.mu, self.num_updates, totals[0] / totals[1], self.beta)
 
     def _apply(self, fn, recurse=True):
         # mu stays fp32 through .half() and .bfloat16(): with 8 bits of mantissa, steps of 1-beta would be lost.
@@ -141,8 +126,8 @@ class DistanceEMA(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.synchronize()
-        self._first_call = True
         super()._load_from_state_dict(*args, **kwargs)
+        self._started = not self.num_updates.is_meta and self.num_updates.item() > 0
         self.mu = self.mu.float()  # assign=True takes the dtype of the checkpoint
 
     def __deepcopy__(self, memo):
@@ -169,6 +154,7 @@ class NormBTLoss(DistanceEMA):
         eps, max_weight, label_smoothing, center_coef, reduction: as in `normbt_loss`.
         process_group: "default" shares the mean with all ranks wherever torch.distributed is initialised, a
             ProcessGroup with its ranks, None with nobody.
+        power: as in `normbt_loss`.
 
     See `DistanceEMA` for what is kept, and when it changes.
     """
@@ -185,8 +171,7 @@ class NormBTLoss(DistanceEMA):
     ) -> Tensor | tuple[Tensor, NormBTStats]:
         """The loss, or (loss, stats). Arguments, results and errors as in `normbt_loss`."""
         inputs = reward_inputs(chosen_rewards, rejected_rewards, chosen_hidden, rejected_hidden, margin, pair_weight)
-        rows = RowPairs(*inputs[2:4], None, None, None)
-        return self._score(rows, lambda mean: RewardLoss.apply(*inputs, mean, self.options), return_stats)
+        return self._score(*inputs, return_stats)
 
 
 class LinearNormBTLoss(DistanceEMA):
@@ -216,6 +201,4 @@ class LinearNormBTLoss(DistanceEMA):
                 f"weight is sharded (a {type(weight).__name__}): use NormBTLoss on the rewards that the model computes"
             )
         inputs = linear_inputs(hidden, weight, bias, pairs, last_token, margin, pair_weight)
-        rows = split_pairs(hidden.detach(), pairs, last_token)
-        trained = trains_head(weight, bias)
-        return self._score(rows, lambda mean: LinearLoss.apply(*inputs, mean, self.options, trained), return_stats)
+        return self._score(*inputs, return_stats)

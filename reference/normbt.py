@@ -2,7 +2,7 @@
 
     delta = h_c - h_r          rho = ||delta||_2          d = r_c - r_r = v . delta
     z     = d - margin
-    w     = min(mu / (rho + eps), max_weight)             stop-gradient
+    w     = min((mu / (rho + eps))^power, max_weight)     stop-gradient; power 0 is plain Bradley-Terry
     l     = -[(1-s) log sigma(z) + s log sigma(-z)]       s = label_smoothing
     loss  = mean_p [ q_p w_p l_p + center_coef * (r_c + r_r)^2 ]
 
@@ -45,11 +45,11 @@ def pair_distance(hidden: Tensor, pairs: str | Tensor = "halves", last_token: Te
     return torch.linalg.vector_norm(rows[chosen] - rows[rejected], dim=-1)
 
 
-def normbt_weight(rho: Tensor, mu, eps: float = 1e-6, max_weight: float | None = 100.0) -> Tensor:
+def normbt_weight(rho: Tensor, mu, eps: float = 1e-6, max_weight: float | None = 100.0, power: float = 1.0) -> Tensor:
     """w (P,), detached. `mu=None` takes this batch's mean distance."""
     rho = rho.detach()
     mu = rho.mean() if mu is None else mu
-    w = mu / (rho + eps)
+    w = (mu / (rho + eps)) ** power
     return w if max_weight is None else w.clamp(max=max_weight)
 
 
@@ -81,13 +81,14 @@ def normbt_loss(
     center_coef: float = 0.0,
     eps: float = 1e-6,
     max_weight: float | None = 100.0,
+    power: float = 1.0,
     reduction: str = "mean",
     frozen_weight: Tensor | None = None,
 ) -> Tensor:
     """The reward form. `frozen_weight` (P,) replaces w: what finite differences must hold constant."""
     r_c, r_r = chosen_rewards.reshape(-1), rejected_rewards.reshape(-1)
     rho = torch.linalg.vector_norm(chosen_hidden - rejected_hidden, dim=-1)
-    w = normbt_weight(rho, mu, eps, max_weight) if frozen_weight is None else frozen_weight
+    w = normbt_weight(rho, mu, eps, max_weight, power) if frozen_weight is None else frozen_weight
     return _weighted_loss(r_c, r_r, r_c - r_r, w, margin, pair_weight, label_smoothing, center_coef, reduction)
 
 
@@ -105,6 +106,7 @@ def linear_normbt_loss(
     center_coef: float = 0.0,
     eps: float = 1e-6,
     max_weight: float | None = 100.0,
+    power: float = 1.0,
     reduction: str = "mean",
     frozen_weight: Tensor | None = None,
 ) -> Tensor:
@@ -124,6 +126,7 @@ def linear_normbt_loss(
         center_coef=center_coef,
         eps=eps,
         max_weight=max_weight,
+        power=power,
         reduction=reduction,
         frozen_weight=frozen_weight,
     )

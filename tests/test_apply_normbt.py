@@ -121,7 +121,7 @@ def test_gradient_is_scaled_in_fp32_and_rounded_once(dtype, layout):
 
     wide = torch.promote_types(dtype, torch.float32)
     rho, rho_first = (reference.pair_distance(x.to(wide), layout) for x in (rows * 3, rows))
-    w = reference.normbt_weight(rho, rho_first.mean().float())  # mu is fp32
+    w = reference.normbt_weight(rho, rho_first.sum().float() / 3)  # mu is fp32, of a sum and a number of pairs
     chosen, rejected = (plain[i, 0].to(wide) for i in reference.pair_rows(6, layout))
     expected = plain.clone()
     for i, sign in zip(reference.pair_rows(6, layout), (1, -1), strict=True):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normbt_kernels.functional import LAYOUTS
+from normbt_kernels.checks import LAYOUTS
 from normbt_kernels.integrations.head import ModelInputs, find_head
 from normbt_kernels.modules import LinearNormBTLoss
 

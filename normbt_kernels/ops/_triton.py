@@ -16,7 +16,7 @@ try:
     # Triton decides when a kernel is decorated, so the answer holds for the life of the process.
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError:
-    triton = SimpleNamespace(jit=lambda function: function)
+    triton = SimpleNamespace(jit=lambda function=None, **options: function or (lambda function: function))
     tl = SimpleNamespace(constexpr=object)
     INSTALLED = False
     INTERPRETED = False

@@ -1,29 +1,91 @@
-"""The exponential moving average of the mean distance: mu <- beta*mu + (1-beta)*mean.
+"""The exponential moving average of the mean distance, in two moves.
 
-The first finite mean becomes mu; a mean that is not finite leaves it as it was, and does not count.
+    pending <- pending + (sum_p rho_p, P)            each forward
+    mu      <- beta*mu + (1-beta)*mean(pending)      each optimizer step; the first mean becomes mu; then pending <- 0
+
+A mean that is not finite leaves mu as it was. So mu does not depend on how a batch is cut into micro-batches, and
+ranks share it by adding their `pending` up.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
+from normbt_kernels.ops.backend import on_device, uses_kernels
+from normbt_kernels.ops.library import define_op, is_watched, without_gradients
+
+
+class EMA(NamedTuple):
+    """The buffers of a module, all on one device."""
+
+    mu: Tensor  # () fp32
+    num_updates: Tensor  # () int64
+    # (2,) fp32: the sum of distances and the number of pairs since mu last moved; None: nothing is taken up
+    pending: Tensor | None
+    beta: float | None  # a number: each forward moves mu; None: it only adds to `pending`
 
 
 @triton.jit
-def update_ema(mu_ptr, num_updates_ptr, mean, BETA: tl.constexpr):
+def add_to_pending(pending_ptr, distance_sum, pair_count):
+    """Adds both to pending (2,)."""
+    dtype = pending_ptr.dtype.element_ty
+    tl.store(pending_ptr, tl.load(pending_ptr) + distance_sum.to(dtype))
+    tl.store(pending_ptr + 1, tl.load(pending_ptr + 1) + pair_count.to(dtype))
+
+
+@triton.jit
+def move_mu(mu_ptr, num_updates_ptr, pending_ptr, BETA: tl.constexpr):
+    """Moves mu () by the mean of pending (2,), unless it holds no pairs or is not finite."""
     mu = tl.load(mu_ptr)
     num_updates = tl.load(num_updates_ptr)
-    mean = mean.to(mu.dtype)
-    updated = tl.where(num_updates == 0, mean, BETA * mu + (1 - BETA) * mean)
-    finite = tl.abs(mean) < float("inf")
-    tl.store(mu_ptr, tl.where(finite, updated, mu))
-    tl.store(num_updates_ptr, tl.where(finite, num_updates + 1, num_updates))
+    pair_count = tl.load(pending_ptr + 1)
+    mean = tl.load(pending_ptr) / pair_count
+    moved = tl.where(num_updates == 0, mean, BETA * mu + (1 - BETA) * mean)
+    moves = tl.abs(mean) < float("inf")  # nor is 0 / 0
+    tl.store(mu_ptr, tl.where(moves, moved, mu))
+    tl.store(num_updates_ptr, num_updates + moves)
+    tl.store(pending_ptr, 0.0)
+    tl.store(pending_ptr + 1, 0.0)
 
 
-def update_ema_(mu: Tensor, num_updates: Tensor, mean: Tensor, beta: float) -> None:
-    """The same in place on tensors, all 0-d, without waiting for the device."""
-    mean = mean.to(mu.dtype)
-    updated = torch.where(num_updates == 0, mean, beta * mu + (1 - beta) * mean)
-    finite = torch.isfinite(mean)
-    mu.copy_(torch.where(finite, updated, mu))
-    num_updates.add_(finite)
+@triton.jit
+def _move_mu_kernel(mu_ptr, num_updates_ptr, pending_ptr, BETA: tl.constexpr):
+    move_mu(mu_ptr, num_updates_ptr, pending_ptr, BETA)
+
+
+# The same in PyTorch operators, without waiting for the device.
+
+
+def add_to_pending_(pending: Tensor, distance_sum: Tensor, num_pairs: int) -> None:
+    pending[0] += distance_sum
+    pending[1] += num_pairs
+
+
+def move_mu_(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
+    mean = pending[0] / pending[1]
+    moves = torch.isfinite(mean)
+    moved = torch.where(num_updates == 0, mean, beta * mu + (1 - beta) * mean)
+    mu.copy_(torch.where(moves, moved, mu))
+    num_updates.add_(moves)
+    pending.zero_()
+
+
+@define_op(
+    "move_mu(Tensor(a!) mu, Tensor(b!) num_updates, Tensor(c!) pending, float beta) -> ()",
+    fake=lambda mu, num_updates, pending, beta: None,
+    autograd=without_gradients,
+)
+def _move_mu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
+    if uses_kernels(mu.device):
+        with on_device(mu.device):
+            _move_mu_kernel[(1,)](mu, num_updates, pending, BETA=beta, num_warps=1)
+    else:
+        move_mu_(mu, num_updates, pending, beta)
+
+
+def move_mu_now(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
+    """Moves mu by what is pending, in place and in one launch."""
+    run = _move_mu.op if is_watched((mu,)) else _move_mu
+    run(mu, num_updates, pending, beta)

@@ -1,28 +1,89 @@
-"""The `normbt::` operators: one schema, one fake and one implementation each.
+"""The `normbt::` operators: one schema, one fake, one implementation and one Autograd kernel each.
 
 The implementation is registered for every device and asks `backend.uses_kernels` itself, because the
 CPU is served by the closed form or by Triton's interpreter, whichever the process runs with.
+
+An eager call that nothing watches does not need the dispatcher, which costs more than the loss of a small batch:
+callers then run the implementation themselves. `is_watched` tells.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch as num_modes_before_dispatch
+
+_library = torch.library.Library("normbt", "FRAGMENT")
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def define_op(schema: str, *, fake: Callable) -> Callable[[Callable], Callable]:
-    """Registers the decorated implementation as `normbt::<schema>` and returns the operator itself.
+def define_op(schema: str, *, fake: Callable, autograd: Callable) -> Callable[[Callable], Callable]:
+    """Registers the decorated implementation as `normbt::<schema>`, and returns it with the operator as `.op`.
 
-    `schema` starts with the operator's name; `fake` makes the outputs' shapes without data. Plain
-    `torch.library.define` rather than `custom_op`: gradients are attached by the autograd Functions,
-    so the operators need none of the latter's autograd layers.
+    `schema` starts with the operator's name; `fake` makes the outputs' shapes without data. `autograd(run, *arguments)`
+    runs the operator below autograd by `run(*arguments)`, and gives its results their gradients or refuses to.
     """
-    name, _, signature = schema.partition("(")
-    qualified = f"normbt::{name}"
+    name = schema.partition("(")[0]
 
     def register(implementation: Callable) -> Callable:
-        torch.library.define(qualified, f"({signature}", tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
-        torch.library.register_fake(qualified, fake)
-        return getattr(torch.ops.normbt, name).default
+        def with_gradients(keys, *arguments):
+            def run(*arguments):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+            # Of torch.func's transforms, this kernel runs in one at a time: a Function needs no rule for them here.
+            with enable_single_level_autograd_function():
+                return autograd(run, *arguments)
+
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        op = getattr(torch.ops.normbt, name).default
+        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        _library.impl(name, with_gradients, "Autograd", with_keyset=True)
+        torch.library.register_fake(f"normbt::{name}", fake, lib=_library)
+        implementation.op = op
+        return implementation
 
     return register
+
+
+def without_gradients(run: Callable, *arguments):
+    """The Autograd kernel of an operator whose results are constants."""
+    return run(*arguments)
+
+
+def is_watched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether anything traces or transforms this call, and so must see the operator: torch.compile and export,
+    torch.func, a dispatch mode, torch.jit.trace, or tensors that are not plain ones (fake, functional, distributed)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or num_modes_before_dispatch() > 0
+        or torch._C._get_tracing_state() is not None
+        or any(type(tensor) not in PLAIN for tensor in tensors if tensor is not None)
+    )
+
+
+class _Refusal(torch.autograd.Function):
+    """Hands tensors through, and raises when it is differentiated."""
+
+    @staticmethod
+    def forward(message: str, num_results: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:num_results])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(ctx.message)
+
+
+def refuse_gradients(message: str, results: Iterable[Tensor], of: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """`results`, which raise RuntimeError as soon as they are differentiated with respect to what `of` depends on."""
+    results = tuple(results)
+    return _Refusal.apply(message, len(results), *results, *of)

@@ -3,17 +3,18 @@
     grad h[n] = c_n v        c_n = sum of dloss/dr over the pairs in which row n serves, times their upstream
     grad v    = u sum_p (...)   made by the forward pass for u = 1, scaled here by the upstream scalar u
 
-Of a pooled (N, S, H) only the pooled positions are not 0. A row may serve in many explicit pairs: the forward pass has
-listed them, in any order, and they are sorted here before they are summed, without atomics, so the same inputs give
-the same bits. A row in more pairs than a list holds looks through all pairs.
+Of a pooled (N, S, H) only the pooled positions are not 0. A row may serve in many explicit pairs: PyTorch sorts the
+pairs by row and finds where each row's begin, and one kernel sums them in that order, without atomics, so the same
+inputs give the same bits.
 
 With reduction "none" each pair has its own upstream gradient, which the forward pass cannot know: then, and
 only then, the rows are read again for grad v.
 
-Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one, and with explicit pairs or reduction "none" one before it for the
-sums over pairs.
+Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one; before it, one for explicit pairs (and the sorting), and one for
+reduction "none" with a trained head.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,83 +23,57 @@ from torch import Tensor
 from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import num_multiprocessors, on_device, triton_dtype, uses_kernels
 from normbt_kernels.ops.launch import LaunchShape, cdiv
-from normbt_kernels.ops.library import define_op
-from normbt_kernels.ops.pair_loss import ROW_ENTRIES, accumulate_head_gradient, load_each, sum_partials
-from normbt_kernels.ops.pairs import PairArguments, RowPairs, Vector, split_pairs
+from normbt_kernels.ops.library import define_op, refuse_gradients
+from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
+from normbt_kernels.ops.pairs import RowArguments, RowPairs, Vector, load_each
+
+ONCE = "the NormBT losses cannot be differentiated twice"
 
 
 @triton.jit
 def load_upstream(upstream, pair, exists, PER_PAIR: tl.constexpr, ACC: tl.constexpr):
     """What comes from above for each pair, or one scalar for all of them."""
-    if PER_PAIR:
-        gradient = tl.load(upstream.ptr + pair * upstream.stride, mask=exists, other=0.0).to(ACC)
-    else:
-        gradient = tl.load(upstream.ptr).to(ACC)
-    return gradient
+    return load_each(upstream, pair, exists, ACC) if PER_PAIR else tl.load(upstream.ptr).to(ACC)
 
 
-@triton.jit
-def sum_listed_pairs(row, exists, count, num_rows, num_pairs, gradient_ptr, upstream, row_entries_ptr,
-                     PER_PAIR: tl.constexpr, ROW_ENTRIES: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """c_n of a block of rows, none of which serves in more pairs than a list holds."""
-    place = tl.arange(0, ROW_ENTRIES)
-    listed = exists[:, None] & (place[None, :] < count[:, None])
-    out_of_list = 2 * num_pairs
-    entry = tl.load(row_entries_ptr + (1 + place.to(tl.int64))[None, :] * num_rows + row[:, None], mask=listed, other=0)
-    entry = tl.sort(tl.where(listed, entry.to(tl.int64), out_of_list))
-    listed = entry < out_of_list
-    gradient = tl.load(gradient_ptr + entry, mask=listed, other=0.0)
-    gradient *= load_upstream(upstream, entry % num_pairs, listed, PER_PAIR, ACC)
-    return tl.sum(gradient, axis=1)
-
-
-@triton.jit
-def sum_all_pairs(row, num_pairs, gradient_ptr, upstream, index_ptr, index_stride, index_side_stride,
-                  PER_PAIR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """c_n of a block of rows, by a look at every pair."""
-    coefficient = tl.zeros([BLOCK_N], ACC)
-    for start in range(0, num_pairs, BLOCK_P):
-        pair = start + tl.arange(0, BLOCK_P).to(tl.int64)
-        in_range = pair < num_pairs
-        upstream_gradient = load_upstream(upstream, pair, in_range, PER_PAIR, ACC)
-        for side in tl.static_range(2):
-            served = tl.load(index_ptr + pair * index_stride + side * index_side_stride, mask=in_range, other=-1)
-            gradient = tl.load(gradient_ptr + side * num_pairs + pair, mask=in_range, other=0.0) * upstream_gradient
-            coefficient += tl.sum(tl.where(row[:, None] == served[None, :], gradient[None, :], 0.0), axis=1)
-    return coefficient
-
-
-@triton.jit
-def _sum_over_pairs_kernel(
-    rows, gradient_ptr, upstream, coefficient_ptr, index_ptr, index_stride, index_side_stride, row_entries_ptr,
-    num_rows, num_pairs, hidden_size, partial_ptr, PER_PAIR: tl.constexpr,
-    ROW_ENTRIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows", "num_pairs"])
+def _sum_pairs_of_rows_kernel(
+    order_ptr, start_ptr, gradient_ptr, upstream, coefficient_ptr, num_rows, num_pairs,
+    PER_PAIR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    num_pairs = tl.cast(num_pairs, tl.int64)
-    # 1. of explicit pairs: each row's coefficient
-    if coefficient_ptr is not None:
-        for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_N), tl.num_programs(0)):
-            row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            exists = row < num_rows
-            count = tl.load(row_entries_ptr + row, mask=exists, other=0)
-            if tl.max(count, axis=0) <= ROW_ENTRIES:
-                coefficient = sum_listed_pairs(
-                    row, exists, count, num_rows, num_pairs, gradient_ptr, upstream, row_entries_ptr,
-                    PER_PAIR, ROW_ENTRIES, ACC,
-                )  # fmt: skip
-            else:
-                coefficient = sum_all_pairs(
-                    row, num_pairs, gradient_ptr, upstream, index_ptr, index_stride, index_side_stride,
-                    PER_PAIR, BLOCK_N, 128, ACC,
-                )  # fmt: skip
-            tl.store(coefficient_ptr + row, coefficient, mask=exists)
-    # 2. of reduction "none": the head's gradient
-    if partial_ptr is not None:
-        slot = partial_ptr + tl.program_id(0) * tl.cast(hidden_size + 1, tl.int64)
-        bias_gradient = accumulate_head_gradient(
-            rows, gradient_ptr, upstream.ptr, upstream.stride, slot, BLOCK_P, BLOCK_H, ACC
-        )
-        tl.store(slot + hidden_size, bias_gradient)
+    """c_n of BLOCK_N rows, BLOCK_K of their pairs at a time.
+
+    order_ptr: (2P,) places in the (2, P) gradients, sorted by row. start_ptr: (N + 1,) where in it each row's begin.
+    gradient_ptr: (2, P). upstream: (P,), or one scalar. coefficient_ptr: (N,).
+    """
+    row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = row < num_rows
+    start = tl.load(start_ptr + row, mask=exists, other=0)
+    count = tl.load(start_ptr + 1 + row, mask=exists, other=0) - start
+    coefficient = tl.zeros([BLOCK_N, BLOCK_K], ACC)
+    for first in range(0, tl.max(count), BLOCK_K):
+        turn = first + tl.arange(0, BLOCK_K).to(tl.int64)
+        serves = turn[None, :] < count[:, None]
+        place = tl.load(order_ptr + start[:, None] + turn[None, :], mask=serves, other=0)
+        gradient = tl.load(gradient_ptr + place, mask=serves, other=0.0)
+        coefficient += gradient * load_upstream(upstream, place % num_pairs, serves, PER_PAIR, ACC)
+    tl.store(coefficient_ptr + row, tl.sum(coefficient, axis=1), mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_rows", "sequence_length"])
+def _sum_head_gradient_kernel(
+    rows, gradient_ptr, upstream, partial_ptr, num_pairs, num_rows, sequence_length, hidden_size, num_columns,
+    LAYOUT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """grad v of reduction "none", each program its pairs. gradient_ptr: (2, P). upstream: (P,).
+
+    partial_ptr: (programs, num_columns), of which H + 1 columns are filled.
+    """
+    slot_ptr = partial_ptr + tl.program_id(0) * tl.cast(num_columns, tl.int64)
+    accumulate_head_gradient(
+        rows, gradient_ptr, upstream, slot_ptr, num_pairs, num_rows, sequence_length, hidden_size,
+        LAYOUT, BLOCK_P, BLOCK_H, ACC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -109,24 +84,21 @@ def round_to(value, dtype: tl.constexpr):
     return value.to(dtype)
 
 
-@triton.jit
-def write_head_gradient(
-    out_ptr, index, head_gradient_ptr, num_partials, columns, mask, num_columns, scale,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    total = sum_partials(head_gradient_ptr, num_partials, columns, num_columns, BLOCK_K, BLOCK_H, ACC)
-    tl.store(out_ptr + index, round_to(total * scale, out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_partials", "num_rows", "sequence_length", "num_pairs"])
 def _write_gradient_kernel(
     hidden_gradient_ptr, weight_gradient_ptr, bias_gradient_ptr,
     gradient_ptr, upstream, coefficient_ptr, head_weight, head_gradient_ptr, num_partials,
-    last_token, num_rows, sequence_length, num_pairs, hidden_size,
-    INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
+    last_token, num_rows, sequence_length, num_pairs, hidden_size, num_columns,
+    LAYOUT: tl.constexpr, PER_PAIR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    num_pairs = tl.cast(num_pairs, tl.int64)
+    """Each program: BLOCK_H columns of tiles of BLOCK_N rows, and the head's gradient in the same columns.
+
+    hidden_gradient_ptr: (N*S, H), weight_gradient_ptr: (H,), bias_gradient_ptr: (), each or none.
+    gradient_ptr: (2, P). upstream: (P,), or one scalar. coefficient_ptr: (N,) of explicit pairs, or none.
+    head_weight: (H,). head_gradient_ptr: (num_partials, num_columns) of which the first H + 1 count, or none.
+    last_token: (N,), or none.
+    """
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     # 1. the rows: position s of sequence n is row n where it is the pooled one, and 0 elsewhere
     if hidden_gradient_ptr is not None:
@@ -141,34 +113,38 @@ def _write_gradient_kernel(
                 served = served & (token == position % sequence_length)
             gradient = tl.zeros([BLOCK_N, BLOCK_H], ACC)
             if tl.max(served.to(tl.int32), axis=0) > 0:
-                if coefficient_ptr is None:
-                    pair = row // 2 if INTERLEAVED else row % num_pairs
-                    side = row % 2 if INTERLEAVED else row // num_pairs
+                if LAYOUT == "explicit":
+                    coefficient = tl.load(coefficient_ptr + row, mask=served, other=0.0)
+                else:
+                    pair = row // 2 if LAYOUT == "interleaved" else row % num_pairs
+                    side = row % 2 if LAYOUT == "interleaved" else row // num_pairs
                     coefficient = tl.load(gradient_ptr + side * num_pairs + pair, mask=served, other=0.0)
                     coefficient *= load_upstream(upstream, pair, served, PER_PAIR, ACC)
-                else:
-                    coefficient = tl.load(coefficient_ptr + row, mask=served, other=0.0)
                 gradient = tl.where(served[:, None], coefficient[:, None] * head[None, :], 0.0)
             out = hidden_gradient_ptr + position[:, None] * hidden_size + columns[None, :]
             mask = (row < num_rows)[:, None] & (columns < hidden_size)[None, :]
             tl.store(out, round_to(gradient, hidden_gradient_ptr.dtype.element_ty), mask=mask)
-    # 2. the head, by the programs of the first block of rows
+    # 2. the head, by the programs of the first tiles
     if head_gradient_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other on the device)
         if tl.program_id(0) == 0:
             scale = tl.full([1], 1.0, ACC)
             if not PER_PAIR:
                 scale *= tl.load(upstream.ptr).to(ACC)
             if weight_gradient_ptr is not None:
-                write_head_gradient(
-                    weight_gradient_ptr, columns, head_gradient_ptr, num_partials, columns, columns < hidden_size,
-                    hidden_size + 1, scale, BLOCK_K, BLOCK_H, ACC,
-                )  # fmt: skip
+                exists = columns < hidden_size
+                total = sum_partials(
+                    head_gradient_ptr, num_partials, columns, exists, num_columns, BLOCK_K, BLOCK_H, ACC
+                )
+                tl.store(
+                    weight_gradient_ptr + columns, round_to(total * scale, weight_gradient_ptr.dtype.element_ty), exists
+                )
             if bias_gradient_ptr is not None:
                 only = tl.arange(0, 1)
-                write_head_gradient(
-                    bias_gradient_ptr, only, head_gradient_ptr, num_partials, hidden_size + only,
-                    tl.program_id(1) + only == 0, hidden_size + 1, scale, BLOCK_K, 1, ACC,
-                )  # fmt: skip
+                exists = tl.program_id(1) + only == 0
+                total = sum_partials(
+                    head_gradient_ptr, num_partials, hidden_size + only, exists, num_columns, BLOCK_K, 1, ACC
+                )
+                tl.store(bias_gradient_ptr + only, round_to(total * scale, bias_gradient_ptr.dtype.element_ty), exists)
 
 
 class Gradients(NamedTuple):
@@ -180,108 +156,150 @@ class Gradients(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What backward knows: the pairs' own gradients (2, P), chosen and rejected, and what comes from above."""
+    """What backward knows: the pairs' own gradients, and what comes from above."""
 
-    gradient: Tensor  # (2, P)
+    gradient: Tensor  # (2, P), chosen and rejected
     loss_gradient: Tensor  # (), or (P,) with reduction "none"
     head_gradient: Tensor  # (H + 1,) for an upstream of 1; (0,) with reduction "none"
-    row_entries: Tensor  # of explicit pairs, which of them each row serves in
 
     @property
     def per_pair(self) -> bool:
         return self.loss_gradient.dim() == 1
 
+    @property
+    def num_pairs(self) -> int:
+        return self.gradient.shape[1]
+
+
+class Layout(NamedTuple):
+    """Which row of the hidden states serves in which pair."""
+
+    pairs: Tensor | None  # (P, 2) int64 of "explicit"
+    last_token: Tensor | None  # (N,)
+    name: str
+    hidden_shape: list[int]  # (N, H), or (N, S, H) with `last_token`
+
+    @property
+    def num_positions(self) -> int:
+        return self.hidden_shape[0] * self.sequence_length
+
+    @property
+    def sequence_length(self) -> int:
+        return 1 if self.last_token is None else self.hidden_shape[1]
+
+    def rows(self, hidden: Tensor) -> RowPairs:
+        return RowPairs(hidden, hidden, self.pairs, self.last_token, self.name)
+
+
+def _sum_pairs_of_rows(upstream: Upstream, layout: Layout) -> Tensor:
+    """c_n of explicit pairs, (N,)."""
+    num_rows, block_rows = layout.hidden_shape[0], 16
+    row, order = torch.sort(layout.pairs.T.reshape(-1), stable=True)
+    start = torch.searchsorted(row, torch.arange(num_rows + 1, device=row.device))
+    coefficient = upstream.gradient.new_empty(num_rows)
+    _sum_pairs_of_rows_kernel[(cdiv(num_rows, block_rows),)](
+        order,
+        start,
+        upstream.gradient,
+        Vector.of(upstream.loss_gradient),
+        coefficient,
+        num_rows,
+        upstream.num_pairs,
+        PER_PAIR=upstream.per_pair,
+        BLOCK_N=block_rows,
+        BLOCK_K=16,
+        ACC=triton_dtype(coefficient.dtype),
+        num_warps=4,
+    )
+    return coefficient
+
+
+def _sum_head_gradient(upstream: Upstream, rows: RowPairs) -> Tensor:
+    """The programs' parts of grad v and of the bias's gradient with reduction "none", (programs, H + 1)."""
+    shape = rows.launch_shape()
+    partial = upstream.gradient.new_empty(shape.num_programs, rows.hidden_size + 1)
+    _sum_head_gradient_kernel[(shape.num_programs,)](
+        RowArguments.of(rows),
+        upstream.gradient,
+        Vector.of(upstream.loss_gradient),
+        partial,
+        rows.num_pairs,
+        rows.chosen.shape[0],
+        rows.sequence_length,
+        rows.hidden_size,
+        partial.shape[1],
+        LAYOUT=rows.layout,
+        BLOCK_P=shape.block_rows,
+        BLOCK_H=shape.block_hidden,
+        ACC=triton_dtype(partial.dtype),
+        num_warps=shape.num_warps,
+    )
+    return partial
+
 
 def _launch_linear_gradient(
-    result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, pairs: Tensor | None,
-    interleaved: bool, last_token: Tensor | None, hidden_shape: list[int],
-) -> None:  # fmt: skip
-    gradient, loss_gradient, head_gradient, row_entries = upstream
-    acc, device = triton_dtype(gradient.dtype), gradient.device
+    result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
+) -> None:
     needs_hidden, needs_weight, needs_bias = (tensor.numel() > 0 for tensor in result)
-    num_rows, num_pairs, hidden_size = hidden_shape[0], gradient.shape[1], hidden_shape[-1]
-    num_partials, coefficient = 1, None
-    if hidden is not None or (pairs is not None and needs_hidden):
-        rows = None if hidden is None else _rows(hidden, pairs, interleaved, last_token)
-        shape = LaunchShape.for_pairs(num_pairs, hidden_size, 4, num_multiprocessors(device))
-        block_rows = 32
-        num_programs = min(cdiv(num_rows, block_rows), shape.num_programs)
-        if rows is not None:
-            shape = rows.launch_shape()
-            num_programs = num_partials = shape.num_programs
-            head_gradient = gradient.new_empty(num_partials, hidden_size + 1)
-        if pairs is not None and needs_hidden:
-            coefficient = gradient.new_empty(num_rows)
-        _sum_over_pairs_kernel[(num_programs,)](
-            None if rows is None else PairArguments.of(rows),
-            gradient,
-            Vector.of(loss_gradient),
-            coefficient,
-            pairs,
-            *((0, 0) if pairs is None else pairs.stride()),
-            row_entries if coefficient is not None else None,
-            num_rows,
-            num_pairs,
-            hidden_size,
-            None if rows is None else head_gradient,
-            PER_PAIR=upstream.per_pair,
-            ROW_ENTRIES=ROW_ENTRIES,
-            BLOCK_N=block_rows,
-            BLOCK_P=shape.block_rows,
-            BLOCK_H=shape.block_hidden,
-            ACC=acc,
-            num_warps=shape.num_warps,
-        )
-    num_positions = num_rows * (hidden_shape[1] if last_token is not None else 1)
-    shape = LaunchShape.for_rows(num_positions if needs_hidden else 1, hidden_size, num_multiprocessors(device))
+    needs_head, hidden_size = needs_weight or needs_bias, layout.hidden_shape[-1]
+    coefficient = _sum_pairs_of_rows(upstream, layout) if needs_hidden and layout.name == "explicit" else None
+    head_gradient = upstream.head_gradient[None]
+    if needs_head and upstream.per_pair:
+        head_gradient = _sum_head_gradient(upstream, layout.rows(hidden))
+    processors = num_multiprocessors(upstream.gradient.device)
+    shape = LaunchShape.for_rows(layout.num_positions if needs_hidden else 1, hidden_size, processors)
     _write_gradient_kernel[(shape.num_programs, cdiv(hidden_size, shape.block_hidden))](
         result.hidden if needs_hidden else None,
         result.head_weight if needs_weight else None,
         result.head_bias if needs_bias else None,
-        gradient,
-        Vector.of(loss_gradient),
+        upstream.gradient,
+        Vector.of(upstream.loss_gradient),
         coefficient,
         Vector.of(head_weight),
-        head_gradient if needs_weight or needs_bias else None,
-        num_partials,
-        Vector.of(last_token),
-        num_rows,
-        hidden_shape[1] if last_token is not None else 1,
-        num_pairs,
+        head_gradient if needs_head else None,
+        head_gradient.shape[0],
+        Vector.of(layout.last_token),
+        layout.hidden_shape[0],
+        layout.sequence_length,
+        upstream.num_pairs,
         hidden_size,
-        INTERLEAVED=interleaved,
+        hidden_size + 1,
+        LAYOUT=layout.name,
         PER_PAIR=upstream.per_pair,
         BLOCK_N=shape.block_rows,
         BLOCK_H=shape.block_hidden,
         BLOCK_K=4,  # x 1024 columns: more partials at a time spill to local memory
-        ACC=acc,
+        ACC=triton_dtype(upstream.gradient.dtype),
         num_warps=shape.num_warps,
     )
 
 
 def _compute_linear_gradient(
-    result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, pairs: Tensor | None,
-    interleaved: bool, last_token: Tensor | None, hidden_shape: list[int],
-) -> None:  # fmt: skip
+    result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
+) -> None:
     """The closed form in PyTorch operators."""
     gradient = upstream.gradient * upstream.loss_gradient
     dtype = gradient.dtype
     if result.hidden.numel() > 0:
-        if pairs is not None:
-            coefficient = gradient.new_zeros(hidden_shape[0]).index_add_(0, pairs.T.reshape(-1), gradient.reshape(-1))
+        if layout.pairs is not None:
+            coefficient = gradient.new_zeros(layout.hidden_shape[0])
+            coefficient.index_add_(0, layout.pairs.T.reshape(-1), gradient.reshape(-1))
         else:
-            coefficient = (gradient.T if interleaved else gradient).reshape(-1)
+            coefficient = (gradient.T if layout.name == "interleaved" else gradient).reshape(-1)
         # `out=` rounds the product to the dtype of hidden at once, with no fp32 copy of it.
-        column, row = coefficient[:, None], head_weight.to(dtype)[None, :]
-        if last_token is None:
+        column, row = coefficient[:, None], head_weight.to(dtype)
+        if layout.last_token is None:
             torch.mul(column, row, out=result.hidden)
         else:
-            sequence = torch.arange(hidden_shape[0], device=gradient.device)
-            result.hidden.zero_()[sequence, last_token] = (column * row).to(result.hidden.dtype)
+            sequence = torch.arange(layout.hidden_shape[0], device=gradient.device)
+            result.hidden.zero_()[sequence, layout.last_token] = (column * row).to(result.hidden.dtype)
+    needs_weight, needs_bias = result.head_weight.numel() > 0, result.head_bias.numel() > 0
+    if not (needs_weight or needs_bias):
+        return
     if not upstream.per_pair:
         weight_gradient, bias_gradient = (upstream.head_gradient * upstream.loss_gradient).tensor_split([-1])
-    elif hidden is not None:
-        rows = _rows(hidden, pairs, interleaved, last_token)
+    else:
+        rows = layout.rows(hidden)
         weight_gradient, bias_gradient = gradient.new_zeros(rows.hidden_size), gradient.sum(dim=0).sum()
         for block in rows.blocks():
             chosen, rejected = rows.gather(block, dtype)
@@ -289,19 +307,14 @@ def _compute_linear_gradient(
             # g delta + k (h_c + h_r): the difference first, as in the forward pass.
             weight_gradient.addmv_((chosen - rejected).T, (chosen_gradient - rejected_gradient) / 2)
             weight_gradient.addmv_((chosen + rejected).T, (chosen_gradient + rejected_gradient) / 2)
-    if result.head_weight.numel() > 0:
+    if needs_weight:
         result.head_weight.copy_(weight_gradient)
-    if result.head_bias.numel() > 0:
+    if needs_bias:
         result.head_bias.copy_(bias_gradient.squeeze())
 
 
-def _rows(hidden: Tensor, pairs: Tensor | None, interleaved: bool, last_token: Tensor | None) -> RowPairs:
-    layout = "interleaved" if interleaved else "halves"
-    return split_pairs(hidden, layout if pairs is None else pairs, last_token)
-
-
 def _linear_gradient_fake(
-    gradient, loss_gradient, head_gradient, row_entries, head_weight, hidden, pairs, interleaved, last_token,
+    gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, layout,
     hidden_shape, hidden_dtype, bias_dtype, needs_hidden, needs_weight, needs_bias,
 ):  # fmt: skip
     return (
@@ -311,22 +324,60 @@ def _linear_gradient_fake(
     )
 
 
+def _check_sizes(upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout, needs_head: bool):
+    """The kernels go by these sizes, so a table that is smaller would be read beyond its end."""
+    num_rows, hidden_size = layout.hidden_shape[0], layout.hidden_shape[-1]
+    num_pairs = num_rows // 2 if layout.pairs is None else layout.pairs.shape[0]
+    expected = {
+        "gradient": (upstream.gradient, (2, num_pairs)),
+        "loss_gradient": (upstream.loss_gradient, (num_pairs,) if upstream.per_pair else ()),
+        "head_weight": (head_weight, (hidden_size,)),
+    }
+    if needs_head and upstream.per_pair:
+        expected["hidden"] = hidden, tuple(layout.hidden_shape)
+    elif needs_head:
+        expected["head_gradient"] = upstream.head_gradient, (hidden_size + 1,)
+    if layout.last_token is not None:
+        expected["last_token"] = layout.last_token, (num_rows,)
+    for name, (tensor, shape) in expected.items():
+        if tensor is None or tensor.shape != shape:
+            seen = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"normbt::linear_gradient: {name} must be {shape}, got {seen}")
+
+
+def _refuse_second_gradients(run: Callable, *arguments) -> tuple[Tensor, ...]:
+    given = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    gradients = run(*arguments)
+    return refuse_gradients(ONCE, gradients, given) if torch.is_grad_enabled() and given else gradients
+
+
 @define_op(
-    "linear_gradient(Tensor gradient, Tensor loss_gradient, Tensor head_gradient, Tensor row_entries,"
-    " Tensor head_weight, Tensor? hidden, Tensor? pairs, bool interleaved, Tensor? last_token,"
+    "linear_gradient(Tensor gradient, Tensor loss_gradient, Tensor head_gradient,"
+    " Tensor head_weight, Tensor? hidden, Tensor? pairs, Tensor? last_token, str layout,"
     " SymInt[] hidden_shape, ScalarType hidden_dtype, ScalarType bias_dtype,"
     " bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
     fake=_linear_gradient_fake,
+    autograd=_refuse_second_gradients,
 )
-def linear_gradient(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    result = Gradients(*_linear_gradient_fake(*arguments))
-    upstream, others = Upstream(*arguments[:4]), arguments[4:10]
-    if upstream.gradient.shape[1] == 0:
+def linear_gradient(
+    gradient: Tensor, loss_gradient: Tensor, head_gradient: Tensor, head_weight: Tensor, hidden: Tensor | None,
+    pairs: Tensor | None, last_token: Tensor | None, layout: str, hidden_shape: list[int], hidden_dtype: torch.dtype,
+    bias_dtype: torch.dtype, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    upstream = Upstream(gradient, loss_gradient, head_gradient)
+    places = Layout(pairs, last_token, layout, hidden_shape)
+    _check_sizes(upstream, head_weight, hidden, places, needs_weight or needs_bias)
+    result = Gradients(
+        gradient.new_empty(hidden_shape if needs_hidden else (0,), dtype=hidden_dtype),
+        gradient.new_empty(hidden_shape[-1] if needs_weight else 0, dtype=head_weight.dtype),
+        gradient.new_empty(() if needs_bias else (0,), dtype=bias_dtype),
+    )
+    if upstream.num_pairs == 0:
         for tensor in result:
             tensor.zero_()
-    elif uses_kernels(upstream.gradient.device):
-        with on_device(upstream.gradient.device):
-            _launch_linear_gradient(result, upstream, *others)
+    elif uses_kernels(gradient.device):
+        with on_device(gradient.device):
+            _launch_linear_gradient(result, upstream, head_weight, hidden, places)
     else:
-        _compute_linear_gradient(result, upstream, *others)
+        _compute_linear_gradient(result, upstream, head_weight, hidden, places)
     return tuple(result)

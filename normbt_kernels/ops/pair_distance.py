@@ -9,30 +9,39 @@ from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import on_device, triton_dtype, uses_kernels
-from normbt_kernels.ops.library import define_op
-from normbt_kernels.ops.pairs import PairArguments, RowPairs, accumulate_dtype, load_tile, locate_pairs
+from normbt_kernels.ops.library import define_op, is_watched, without_gradients
+from normbt_kernels.ops.pairs import RowArguments, RowPairs, accumulate_dtype, load_tile, locate_pairs
 
 
-@triton.jit
-def _measure_distance_kernel(rows, distance_ptr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr):
-    for block in range(tl.program_id(0), tl.cdiv(rows.num_pairs, BLOCK_P), tl.num_programs(0)):
-        pair = block * BLOCK_P + tl.arange(0, BLOCK_P)
-        chosen_offset, rejected_offset, exists = locate_pairs(rows, pair)
+@triton.jit(do_not_specialize=["num_pairs", "num_rows", "sequence_length"])
+def _measure_distance_kernel(
+    rows, distance_ptr, num_pairs, num_rows, sequence_length, hidden_size,
+    LAYOUT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Each program: every num_programs-th block of BLOCK_P pairs. distance_ptr: (P,)."""
+    for block in range(tl.program_id(0), tl.cdiv(num_pairs, BLOCK_P), tl.num_programs(0)):
+        pair = tl.cast(block, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        chosen_offset, rejected_offset, exists = locate_pairs(rows, pair, num_pairs, num_rows, sequence_length, LAYOUT)
         square = tl.zeros([BLOCK_P, BLOCK_H], ACC)
-        for start in range(0, rows.hidden_size, BLOCK_H):
+        for start in range(0, hidden_size, BLOCK_H):
             columns = start + tl.arange(0, BLOCK_H)
-            chosen = load_tile(rows, rows.chosen, chosen_offset, exists, columns, ACC)
-            delta = chosen - load_tile(rows, rows.rejected, rejected_offset, exists, columns, ACC)
+            chosen = load_tile(rows.chosen, chosen_offset, exists, columns, hidden_size, ACC)
+            delta = chosen - load_tile(rows.rejected, rejected_offset, exists, columns, hidden_size, ACC)
             square += delta * delta
         distance = tl.where(exists, tl.sqrt(tl.sum(square, axis=1)), float("nan"))
-        tl.store(distance_ptr + pair, distance, mask=pair < rows.num_pairs)
+        tl.store(distance_ptr + pair, distance, mask=pair < num_pairs)
 
 
 def _launch_measure_distance(rows: RowPairs, distance: Tensor) -> None:
     shape = rows.launch_shape()
     _measure_distance_kernel[(shape.num_programs,)](
-        PairArguments.of(rows),
+        RowArguments.of(rows),
         distance,
+        rows.num_pairs,
+        rows.chosen.shape[0],
+        rows.sequence_length,
+        rows.hidden_size,
+        LAYOUT=rows.layout,
         BLOCK_P=shape.block_rows,
         BLOCK_H=shape.block_hidden,
         ACC=triton_dtype(distance.dtype),
@@ -40,22 +49,22 @@ def _launch_measure_distance(rows: RowPairs, distance: Tensor) -> None:
     )
 
 
-def _pair_distance_fake(chosen, rejected, pairs, chosen_token, rejected_token):
-    rows = RowPairs(chosen, rejected, pairs, chosen_token, rejected_token)
-    return chosen.new_empty(rows.num_pairs, dtype=accumulate_dtype(chosen, rejected))
+def _pair_distance_fake(chosen, rejected, pairs, last_token, layout, dtype):
+    return chosen.new_empty(RowPairs(chosen, rejected, pairs, last_token, layout).num_pairs, dtype=dtype)
 
 
 @define_op(
-    "pair_distance(Tensor chosen, Tensor rejected, Tensor? pairs, Tensor? chosen_token, Tensor? rejected_token)"
+    "pair_distance(Tensor chosen, Tensor rejected, Tensor? pairs, Tensor? last_token, str layout, ScalarType dtype)"
     " -> Tensor",
     fake=_pair_distance_fake,
+    autograd=without_gradients,
 )
-def pair_distance(
-    chosen: Tensor, rejected: Tensor, pairs: Tensor | None, chosen_token: Tensor | None, rejected_token: Tensor | None
+def _pair_distance(
+    chosen: Tensor, rejected: Tensor, pairs: Tensor | None, last_token: Tensor | None, layout: str, dtype: torch.dtype
 ) -> Tensor:
-    rows = RowPairs(chosen, rejected, pairs, chosen_token, rejected_token)
+    rows = RowPairs(chosen, rejected, pairs, last_token, layout)
     rows.check_range()
-    distance = chosen.new_empty(rows.num_pairs, dtype=accumulate_dtype(chosen, rejected))
+    distance = chosen.new_empty(rows.num_pairs, dtype=dtype)
     if rows.num_pairs == 0:
         return distance
     if uses_kernels(chosen.device):
@@ -63,6 +72,14 @@ def pair_distance(
             _launch_measure_distance(rows, distance)
         return distance
     for block in rows.blocks():
-        chosen_rows, rejected_rows = rows.gather(block, distance.dtype)
+        chosen_rows, rejected_rows = rows.gather(block, dtype)
         torch.linalg.vector_norm(chosen_rows - rejected_rows, dim=-1, out=distance[block])
     return distance
+
+
+def measure_distances(rows: RowPairs, dtype: torch.dtype | None = None) -> Tensor:
+    """rho (P,) of the pairs, without gradient; in `dtype`, or in that which the rows are accumulated in."""
+    dtype = dtype or accumulate_dtype(rows.chosen, rows.rejected)
+    rows = rows._replace(chosen=rows.chosen.detach(), rejected=rows.rejected.detach())
+    run = _pair_distance.op if is_watched((rows.chosen, rows.rejected)) else _pair_distance
+    return run(*rows, dtype)

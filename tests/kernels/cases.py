@@ -25,8 +25,10 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not INTERPRETE
 BACKEND = backend_name(DEVICE)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("halves", "interleaved", "explicit")
+# 1 is the paper, 0 plain Bradley-Terry. All but 0.7, which stands for any other, have a path of their own in kernels.
+POWERS = (0.0, 0.5, 1.0, 0.7)
 # With this mu and this cap every weight is 1 exactly: plain Bradley-Terry, or weights of our choice in `pair_weight`.
-UNWEIGHTED = {"mu": 1e30, "max_weight": 1.0}
+UNWEIGHTED = {"mu": 1e30, "max_weight": 1.0, "power": 1.0}
 
 OURS = {"linear": linear_normbt_loss, "reward": normbt_loss}
 REFERENCE = {"linear": reference.linear_normbt_loss, "reward": reference.normbt_loss}
@@ -205,7 +207,7 @@ def _expected_stats(case: Case, inputs: dict[str, Tensor], arguments: dict[str, 
         r_c, r_r = (inputs[name].detach().reshape(-1) for name in ("chosen_rewards", "rejected_rewards"))
         difference = r_c - r_r
     distance = torch.linalg.vector_norm(chosen - rejected, dim=-1)
-    weight_options = {name: arguments[name] for name in ("eps", "max_weight") if name in arguments}
+    weight_options = {name: arguments[name] for name in ("eps", "max_weight", "power") if name in arguments}
     plain = {name: arguments[name] for name in ("margin", "label_smoothing") if name in arguments}
     zero = distance.new_zeros(())
     return {

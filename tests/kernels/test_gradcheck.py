@@ -22,13 +22,16 @@ OPTIONS = {
     "no cap": {"max_weight": None},
     "every pair capped": {"max_weight": 0.01},
     "some pairs capped": {"max_weight": 0.5},
+    "power 0": {"power": 0.0},
+    "power 0.5": {"power": 0.5},
+    "power 0.7, some capped": {"power": 0.7, "max_weight": 0.5},
     "mu tensor": {"mu": "tensor"},
     "mu of the batch": {"mu": None},
     "mu of the batch, some capped": {"mu": None, "max_weight": 1.0},
     "sum": {"reduction": "sum"},
     "none": {"reduction": "none"},
     "all at once": {"margin": "column", "pair_weight": "strided", "label_smoothing": 0.1, "center_coef": 0.3,
-                    "eps": 0.5, "max_weight": 1.0, "mu": None, "reduction": "none"},
+                    "eps": 0.5, "max_weight": 1.0, "power": 0.7, "mu": None, "reduction": "none"},
 }  # fmt: skip
 FORMS = {"linear": lambda **options: linear_case(3, 2, **options), "reward": lambda **o: reward_case(3, 2, **o)}
 
@@ -40,7 +43,7 @@ def loss_of(case: Case):
 
 def weights_of(case: Case) -> torch.Tensor:
     """q w at the evaluation point, from the reference."""
-    options = {name: case.arguments[name] for name in ("eps", "max_weight") if name in case.arguments}
+    options = {name: case.arguments[name] for name in ("eps", "max_weight", "power") if name in case.arguments}
     chosen, rejected = case.rows()
     rho = torch.linalg.vector_norm(chosen - rejected, dim=-1)
     q = case.arguments["pair_weight"]

@@ -1,77 +1,141 @@
-"""The operators are what torch.library says they are, and torch.compile traces the whole loss."""
+"""The operators are what torch.library says they are, and whatever traces the loss gets all of it and its gradients."""
 
 import pytest
 import torch
 from cases import BACKEND, CASES, DEVICE, LAYOUTS, OURS, Case, assert_same_bits, linear_case, ours, randn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, pair_distance
-from normbt_kernels.ops.pair_loss import ROW_ENTRIES
-from normbt_kernels.ops.pairs import split_pairs
+from normbt_kernels.checks import linear_inputs, reward_inputs
+from normbt_kernels.ops.autograd import Arguments
+from normbt_kernels.ops.ema import EMA
+from normbt_kernels.ops.pair_loss import LossOptions, Mu
 
 # --- opcheck -----------------------------------------------------------------------------------------------------
 # All of its tests: the schema (what is mutated, what aliases), autograd registration, the fake against the real
-# operator, and ahead-of-time dispatch with dynamic shapes. No input requires grad: autograd lives in the Functions.
-
-OPTIONS = (0.1, 0.05, 1e-6, 100.0)  # label_smoothing, center_coef, eps, max_weight
+# operator, and ahead-of-time dispatch with dynamic shapes.
 
 
-def rows_of(case: Case) -> tuple:
-    return tuple(split_pairs(case.inputs["hidden"], case.arguments["pairs"], case.arguments["last_token"]))
-
-
-def means() -> dict[str, tuple]:
-    """mu, mu_value, ema_mu, ema_num_updates, beta."""
+def mus() -> dict[str, Mu]:
     mu, zero, one = randn().abs().float(), torch.tensor(0, device=DEVICE), torch.tensor(1, device=DEVICE)
+    pending = torch.zeros(2, device=DEVICE)
     return {
-        "of the batch": (None, None, None, None, None),
-        "number": (None, 1.5, None, None, None),
-        "tensor": (mu, None, None, None, None),
-        "EMA, first batch": (None, None, torch.zeros_like(mu), zero, 0.9),
-        "EMA, later batch": (None, None, mu, one, 0.9),
-        "EMA, eval": (None, None, mu, one, None),
+        "number": Mu(value=1.5),
+        "tensor": Mu(tensor=mu),
+        "tensor, and an EMA's first batch": Mu(tensor=mu, ema=EMA(torch.zeros_like(mu), zero, pending, 0.9)),
+        "EMA, later batch": Mu(ema=EMA(mu, one, pending, 0.9)),
+        "EMA, micro-batch": Mu(ema=EMA(mu, one, pending, None)),
+        "EMA, eval": Mu(ema=EMA(mu, one, None, None)),
     }
+
+
+def arguments_of(case: Case, mu: str = "number", stats: bool = True, **options) -> Arguments:
+    """What the operator is given."""
+    constants = LossOptions(0.1, 0.05, 1e-6, 100.0, 0.5, case.arguments.get("reduction", "mean"))._replace(**options)
+    given = {name: value for name, value in (case.inputs | case.arguments).items() if name not in ("mu", "reduction")}
+    given = {"bias": None} | given if case.form == "linear" else given
+    rows, scores = (linear_inputs if case.form == "linear" else reward_inputs)(**given)
+    return Arguments.of(rows, scores, mus()[mu], constants, stats)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pooled", [False, True], ids=["rows", "pooled"])
 def test_opcheck_pair_distance(layout, pooled):
     case = linear_case(3, 5, torch.bfloat16, layout=layout, pooled=pooled)
-    torch.library.opcheck(torch.ops.normbt.pair_distance.default, rows_of(case))
+    rows = arguments_of(case).rows
+    torch.library.opcheck(torch.ops.normbt.pair_distance.default, (*rows, torch.float32))
 
 
-@pytest.mark.parametrize("mean", means())
+@pytest.mark.parametrize("mu", mus())
 @pytest.mark.parametrize("form", sorted(CASES))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck_pair_loss(mean, form, reduction):
-    margin, pair_weight = randn(3), randn(3).abs()
-    if form == "linear":
-        case = linear_case(3, 5, torch.float32, layout="explicit", pooled=True)
-        rows = rows_of(case)
-        scores = None, None, case.inputs["weight"], case.inputs["bias"], margin, pair_weight
-    else:
-        rows = randn(3, 5), randn(3, 5), None, None, None
-        scores = randn(3), randn(3), None, None, margin, pair_weight
-    head_gradient = form == "linear" and reduction == "mean"
-    arguments = *rows, *scores, *means()[mean], *OPTIONS, reduction, head_gradient, False
-    torch.library.opcheck(torch.ops.normbt.pair_loss.default, arguments)
+def test_opcheck_pair_loss(mu, form, reduction):
+    options = {"layout": "explicit", "pooled": True} if form == "linear" else {}
+    case = CASES[form](3, 5, torch.float32, margin="strided", pair_weight="strided", reduction=reduction, **options)
+    for inputs in (case.inputs, {name: x.clone().requires_grad_() for name, x in case.inputs.items()}):
+        arguments = arguments_of(Case(form, inputs, case.arguments), mu, stats=reduction == "mean")
+        torch.library.opcheck(torch.ops.normbt.pair_loss.default, arguments)
+
+
+def test_opcheck_move_mu():
+    ema = mus()["EMA, later batch"].ema
+    torch.library.opcheck(torch.ops.normbt.move_mu.default, ema)
+
+
+def backward_arguments(layout: str, reduction: str, needs: tuple[bool, bool, bool]) -> list:
+    case = linear_case(3, 5, torch.bfloat16, layout=layout, pooled=True)
+    hidden, per_pair = case.inputs["hidden"], reduction == "none"
+    return [
+        randn(2, 3, dtype=torch.float32), randn(*(3,) * per_pair, dtype=torch.float32),
+        randn(0 if per_pair else 6, dtype=torch.float32),
+        case.inputs["weight"], hidden if per_pair and needs[1] else None,
+        case.arguments["pairs"] if layout == "explicit" else None, case.arguments["last_token"], layout,
+        list(hidden.shape), torch.bfloat16, torch.float32, *needs,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)])
 def test_opcheck_linear_gradient(layout, reduction, needs):
-    case = linear_case(3, 5, torch.bfloat16, layout=layout, pooled=True)
-    hidden, pairs = case.inputs["hidden"], case.arguments["pairs"]
-    per_pair = reduction == "none"
-    row_entries = torch.zeros(1 + ROW_ENTRIES, len(hidden), dtype=torch.int32, device=hidden.device)
-    upstream = randn(3, dtype=torch.float32) if per_pair else randn(dtype=torch.float32)
-    arguments = (
-        randn(2, 3, dtype=torch.float32), upstream, randn(0 if per_pair else 6, dtype=torch.float32), row_entries,
-        case.inputs["weight"], hidden if per_pair and needs[1] else None,
-        pairs if layout == "explicit" else None, layout == "interleaved", case.arguments["last_token"],
-        list(hidden.shape), torch.bfloat16, torch.float32, *needs,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.normbt.linear_gradient.default, arguments)
+    torch.library.opcheck(torch.ops.normbt.linear_gradient.default, backward_arguments(layout, reduction, needs))
+
+
+# --- autograd of the operators themselves ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", sorted(CASES))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_operator_differentiates_as_the_function_does(form, reduction):
+    case = CASES[form](3, 5, torch.float32, reduction=reduction)
+    inputs = {name: tensor.clone().requires_grad_() for name, tensor in case.inputs.items()}
+    plain = {"label_smoothing": 0.0, "center_coef": 0.0, "power": 1.0}
+    loss, *tables = torch.ops.normbt.pair_loss(*arguments_of(Case(form, inputs, case.arguments), **plain))
+    upstream = randn(*loss.shape, dtype=torch.float32)
+    assert not any(table.requires_grad for table in tables)
+    gradients = dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), upstream), strict=True))
+    assert_same_bits(gradients, ours(case, upstream).gradients)
+
+
+def test_backward_operator_refuses_to_be_differentiated():
+    arguments = backward_arguments("halves", "mean", (True, True, True))
+    arguments[3] = arguments[3].requires_grad_()
+    gradient, *_ = torch.ops.normbt.linear_gradient(*arguments)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        gradient.sum().backward()
+
+
+def test_the_distance_operator_gives_a_constant():
+    rows = arguments_of(linear_case()).rows
+    hidden = rows.chosen.clone().requires_grad_()
+    distance = torch.ops.normbt.pair_distance(*rows._replace(chosen=hidden, rejected=hidden), torch.float64)
+    assert not distance.requires_grad
+
+
+SIZES = {
+    # what is given in the place of a table of backward, and its name
+    "head_gradient": (2, torch.empty(0)),
+    "gradient": (0, torch.empty(2, 2)),
+    "loss_gradient": (1, torch.empty(2)),
+    "head_weight": (3, torch.empty(4)),
+    "last_token": (6, torch.zeros(5, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_no_kernel_reads_beyond_a_table_that_is_too_small(name):
+    arguments = backward_arguments("halves", "mean", (True, True, True))
+    place, table = SIZES[name]
+    arguments[place] = table.to(DEVICE)
+    with pytest.raises(ValueError, match=f"normbt::linear_gradient: {name} must be"):
+        torch.ops.normbt.linear_gradient(*arguments)
+
+
+def test_backward_operator_needs_the_rows_for_a_head_without_reduction():
+    arguments = backward_arguments("halves", "none", (True, False, False))
+    arguments[-2] = True
+    with pytest.raises(ValueError, match=r"hidden must be .*got None"):
+        torch.ops.normbt.linear_gradient(*arguments)
 
 
 # --- torch.compile -----------------------------------------------------------------------------------------------
@@ -192,3 +256,67 @@ def test_compiled_code_refuses_rows_that_do_not_exist(bad):
     compiled = torch.compile(pair_distance, backend="aot_eager", fullgraph=True)
     with pytest.raises(ValueError, match=next(iter(bad))):
         compiled(hidden, **arguments)
+
+
+# --- torch.func, export, make_fx -----------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    """A body, so that hidden states are computed, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(5, 6), torch.nn.Linear(6, 1)
+
+    def forward(self, x):
+        return OURS["linear"](self.body(x), self.head.weight, 1.5, bias=self.head.bias, center_coef=0.05)
+
+
+@pytest.fixture
+def model_and_gradients():
+    """A model, its input, and the gradients of its parameters as plain eager autograd gives them."""
+    model, x = Model().to(DEVICE), randn(8, 5, dtype=torch.float32)
+    model(x).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return model, x, gradients
+
+
+def loss_of_parameters(model, x, parameters):
+    return torch.func.functional_call(model, parameters, (x,))
+
+
+@pytest.mark.parametrize("trained", ["body", "head", ""], ids=["body alone", "head alone", "all"])
+@pytest.mark.parametrize(
+    "backend", [None, pytest.param("eager", marks=compiles), pytest.param("aot_eager", marks=compiles)]
+)
+def test_func_grad_is_autograds(trained, backend, model_and_gradients):
+    model, x, expected = model_and_gradients
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    wanted = {name: p for name, p in parameters.items() if name.startswith(trained)}
+    gradient = torch.func.grad(lambda some: loss_of_parameters(model, x, {**parameters, **some}))
+    gradients = (torch.compile(gradient, backend=backend) if backend else gradient)(wanted)
+    torch.testing.assert_close(gradients, {name: expected[name] for name in wanted}, rtol=1e-5, atol=1e-6)
+
+
+@compiles
+def test_an_exported_model_trains(model_and_gradients):
+    model, x, expected = model_and_gradients
+    exported = torch.export.export(model, (x,)).module()
+    exported(x).backward()
+    gradients = {name: parameter.grad for name, parameter in exported.named_parameters()}
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_traced_function_differentiates(pre_dispatch, model_and_gradients):
+    model, x, expected = model_and_gradients
+    parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    traced = make_fx(lambda given: loss_of_parameters(model, x, given), pre_dispatch=pre_dispatch)(parameters)
+    if not pre_dispatch:  # below autograd there is nothing left to differentiate: the traced gradient is what counts
+        traced = make_fx(torch.func.grad(lambda given: loss_of_parameters(model, x, given)))(parameters)
+        gradients = traced(parameters)
+    else:
+        gradients = torch.autograd.grad(traced(parameters), list(parameters.values()))
+        gradients = dict(zip(parameters, gradients, strict=True))
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
