@@ -47,7 +47,7 @@ class Command:
         """None while it runs; minus the number of the signal that ended it."""
         return self._process.exitcode
 
-    def wait(self, seconds=60):
+    def wait(self, seconds=240):
         """Its exit code once it has ended by itself, which it must within `seconds`."""
         self._process.join(seconds)
         if self.exit_code is None:
@@ -55,7 +55,7 @@ class Command:
             raise TimeoutError(f"it ran for more than {seconds} s\n{self.output}\n{self.errors}")
         return self.exit_code
 
-    def wait_until(self, condition, seconds=60):
+    def wait_until(self, condition, seconds=240):
         """Returns once `condition()` holds, which must be before the command ends and within `seconds`."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -100,5 +100,5 @@ def started_ranks(num_ranks, module, *arguments, **environment):
 def run_ranks(num_ranks, module, *arguments, **environment):
     """Runs all ranks to their end, which must be a good one."""
     with started_ranks(num_ranks, module, *arguments, **environment) as ranks:
-        exit_codes = [rank.wait(180) for rank in ranks]
+        exit_codes = [rank.wait() for rank in ranks]
         assert not any(exit_codes), "\n".join(rank.errors for rank in ranks)

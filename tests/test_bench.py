@@ -14,6 +14,7 @@ from bench import all as bench_all
 from bench import contenders, scaling, speed, timing, tune
 from bench.contenders import CONTENDERS, ENTRIES, Case, Inputs
 from normbt_kernels.files import write_whole
+from tests.processes import Command
 
 SIZE = ["-P", "4", "-H", "8"]
 # torch.compile without its C++ code, which takes a minute to compile
@@ -38,8 +39,8 @@ def results(tmp_path_factory):
 
     def run(name: str) -> dict:
         folder = tmp_path_factory.mktemp(name)
-        command = [sys.executable, "-m", "bench", name, "--device", "cpu", "--threads", "1", "--out", str(folder)]
-        subprocess.run([*command, *COMMANDS[name]], check=True, stdout=subprocess.PIPE)
+        command = Command("bench", name, "--device", "cpu", "--threads", 1, "--out", folder, *COMMANDS[name])
+        assert command.wait() == 0, command.errors
         assert {path.name for path in folder.iterdir()} <= {f"{name}.json", f"{name}.png"}
         return json.loads((folder / f"{name}.json").read_text())
 
@@ -259,6 +260,6 @@ def test_tune_proposes_what_is_fastest_over_all_sizes():
 
 
 def test_tune_refuses_a_device_without_kernels():
-    process = subprocess.run([sys.executable, "-m", "bench", "tune", "--device", "cpu"], capture_output=True, text=True)
-    assert process.returncode == 1
-    assert "nothing to tune on cpu" in process.stderr
+    command = Command("bench", "tune", "--device", "cpu")
+    assert command.wait() == 1
+    assert "nothing to tune on cpu" in command.errors

@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -24,6 +21,7 @@ from normbt_kernels.data.tokens import LeftOut, prepare, tokenize
 from normbt_kernels.diagnostics import Diagnosis, diagnose, measure
 from normbt_kernels.diagnostics.diagnosis import slope_at_fixed_error
 from normbt_kernels.diagnostics.measure import spread_evenly
+from tests.processes import Command
 from tests.tiny_classifiers import gradients, make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 
@@ -324,10 +322,8 @@ def run_cli(*arguments):
 def built_in(tmp_path_factory):
     """`normbt diagnose` as it stands, in its own process."""
     folder = tmp_path_factory.mktemp("built_in")
-    process = subprocess.run(
-        [sys.executable, "-m", "normbt_kernels", "diagnose"], cwd=folder, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+    process = Command("normbt_kernels", "diagnose", cwd=folder)
+    assert process.wait() == 0, process.errors
     return folder, process, json.loads((folder / "normbt-diagnosis.json").read_text())
 
 
@@ -345,21 +341,21 @@ def test_on_the_built_in_model_the_heads_slope_is_1_under_bt_and_0_under_normbt(
     assert backbone["bt"]["num_pairs"] == report["num_gradients"] == 256
     for slopes in (head, backbone):
         for slope in slopes.values():
-            assert f"{slope['slope']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]" in process.stdout
+            assert f"{slope['slope']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]" in process.output
 
 
 def test_the_built_in_diagnosis_is_whole_in_table_json_and_figure(built_in):
     folder, process, report = built_in
     assert sorted(path.name for path in folder.iterdir()) == ["normbt-diagnosis.json", "normbt-diagnosis.png"]
     assert (folder / "normbt-diagnosis.png").read_bytes().startswith(b"\x89PNG")
-    assert "backbone gradients" in process.stderr  # the progress bar
-    assert process.stdout.splitlines()[-3] == report["sentence"]
+    assert "backbone gradients" in process.errors  # the progress bar
+    assert process.output.splitlines()[-3] == report["sentence"]
     factor = 2 ** report["slopes"]["backbone"]["bt"]["slope"]
     assert f"a pair twice as far apart has {factor:.2f} times the gradient under BT" in report["sentence"]
     assert [category["name"] for category in report["categories"]] == ["coarse: noisy style", "fine: one wrong token"]
     assert report["categories"][0]["accuracy"] > 0.75  # it is trained
     for category in report["categories"]:
-        row = next(line for line in process.stdout.splitlines() if line.startswith(category["name"]))
+        row = next(line for line in process.output.splitlines() if line.startswith(category["name"]))
         for part in ("head", "backbone"):
             for loss in ("bt", "normbt"):
                 assert f"{category['share_of_gradient'][part][loss]:.1%}" in row
@@ -454,14 +450,10 @@ def test_a_causal_lm_is_diagnosed_with_a_new_head(tmp_path, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
 def test_a_killed_run_is_continued(tmp_path, checkpoint, monkeypatch):
     arguments = ("--model", checkpoint, "--dataset", write_pairs(tmp_path / "pairs.jsonl", 150), "--num-gradients", 150)
-    line = [sys.executable, "-m", "normbt_kernels", "diagnose", *map(str, arguments), "--out", "out.json"]
     partial = tmp_path / ".out.json.partial.gradients"
-    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 10:
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.01)
+    process = Command("normbt_kernels", "diagnose", *arguments, "--out", "out.json", cwd=tmp_path)
+    process.wait_until(lambda: partial.exists() and partial.read_bytes().count(b"\n") >= 10)
     process.kill()
-    process.communicate(timeout=60)
     assert not list(tmp_path.glob("out.*"))
     num_kept = partial.read_bytes().count(b"\n") - 1
     assert num_kept < 150

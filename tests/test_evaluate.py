@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from normbt_kernels.data import demo
 from normbt_kernels.data.tokens import num_tokens, tokenize
 from normbt_kernels.evaluation import SECTIONS, accuracy, score_pairs, section_means
 from normbt_kernels.resumable import map_resumable
+from tests.processes import Command
 from tests.tiny_classifiers import VOCABULARY, make_model
 
 WORDS = ["<pad>", "<eos>", "<unk>", "user", "assistant", ":", *(f"w{i}" for i in range(VOCABULARY - 6))]
@@ -80,8 +80,8 @@ def own_accuracy(folder, rows, dtype=torch.float32):
     return np.mean([c > r for c, r in zip(chosen, rejected, strict=True)])
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "normbt_kernels", "evaluate", *map(str, arguments)]
+def start_cli(*arguments, cwd):
+    return Command("normbt_kernels", "evaluate", *arguments, cwd=cwd)
 
 
 def run_cli(*arguments):
@@ -139,23 +139,21 @@ def test_lengths_must_agree(arguments):
 def test_rewardbench_rows_are_scored_as_conversations_by_the_models_own_logits(tmp_path, checkpoint):
     rows = make_rows(60, ("hep-python", "math-prm", "llmbar-natural", "mine"))
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    process = subprocess.run(
-        command(checkpoint, "--dataset", data, "--out", "out.json"), cwd=tmp_path, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+    command = start_cli(checkpoint, "--dataset", data, "--out", "out.json", cwd=tmp_path)
+    assert command.wait() == 0, command.errors
     report = json.loads((tmp_path / "out.json").read_text())
     by_subset = {}
     for name in ("hep-python", "math-prm", "llmbar-natural", "mine"):
         by_subset[name] = own_accuracy(checkpoint, [row for row in rows if row["subset"] == name])
         assert report["subsets"][name]["accuracy"] == by_subset[name]
-        assert f"{by_subset[name]:.3f}" in process.stdout
+        assert f"{by_subset[name]:.3f}" in command.output
     reasoning = (164 * by_subset["hep-python"] + 984 * by_subset["math-prm"]) / 1148
     assert report["sections"] == pytest.approx({"Chat Hard": by_subset["llmbar-natural"], "Reasoning": reasoning})
     assert report["overall"] == pytest.approx((by_subset["llmbar-natural"] + reasoning) / 2)
     assert report["sections_left_out"] == ["Chat", "Safety"]
-    assert "No pairs, and left out: Chat, Safety." in process.stdout
-    assert "in none of RewardBench's sections, and not in overall" in process.stdout
-    assert "60/60" in process.stderr or "scoring" in process.stderr  # the progress bar
+    assert "No pairs, and left out: Chat, Safety." in command.output
+    assert "in none of RewardBench's sections, and not in overall" in command.output
+    assert "60/60" in command.errors or "scoring" in command.errors  # the progress bar
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "pairs.jsonl"]
 
 
@@ -269,13 +267,10 @@ def test_a_killed_run_leaves_nothing_half_written_and_is_continued(tmp_path, dem
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": p.chosen, "rejected": p.rejected} for p in pairs])
     arguments = (demo_checkpoint, "--dataset", data, "--batch-size", 1, "--out", "out.json")
     partial = tmp_path / ".out.json.partial"
-    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 20:
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.01)
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    command = start_cli(*arguments, cwd=tmp_path)
+    command.wait_until(lambda: partial.exists() and partial.read_bytes().count(b"\n") >= 20)
+    command.kill()
+    assert command.exit_code == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [partial.name, "pairs.jsonl"]
 
     kept = partial.read_bytes().splitlines(keepends=True)

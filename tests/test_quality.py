@@ -3,9 +3,8 @@
 import json
 import math
 import os
-import subprocess
+import signal
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,28 +13,59 @@ pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
 from bench import quality
+from bench.__main__ import main
+from tests.processes import FORKED, Command
 
-COMMAND = [sys.executable, "-m", "bench", "quality", "--steps", "3", "--seeds", "2", "--grid-seeds", "1"]
-OPTIONS = ["--setting", "mixed", "--loss", "bt", "normbt", "--learning-rate", "1e-3", "2e-3", "--processes", "1"]
+COMMAND = ["quality", "--steps", "3", "--seeds", "2", "--grid-seeds", "1", "--sensitivity-seeds", "0"]
+COMMAND += ["--setting", "mixed", "--loss", "bt", "normbt", "--learning-rate", "1e-3", "2e-3", "--processes", "1"]
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    """Runs the command; returns its results, its folder of runs and when each run was written."""
+def interrupted(tmp_path_factory):
+    """The command, interrupted once a run is written: its folder, and the command as it ended."""
     folder = tmp_path_factory.mktemp("quality")
+    command = Command("bench", *COMMAND, "--out", folder / "out", "--runs", folder / "runs")
+    command.wait_until(lambda: list(folder.glob("runs/*/*.npz")))
+    os.killpg(command.pid, signal.SIGINT)  # as Ctrl-C in a terminal
+    command.wait()
+    return folder, command
+
+
+def test_no_runs_are_left_half_written_by_an_interrupt(interrupted):
+    folder, command = interrupted
+    assert command.exit_code != 0
+    assert "bench: interrupted" in command.errors
+    runs = list(folder.glob("runs/*/*.npz"))
+    assert 0 < len(runs) < 6
+    for path in runs:
+        with np.load(path) as arrays:
+            assert len(arrays["test_chosen"]) == 2000
+    assert not list(folder.glob("out/*.json"))
+
+
+@pytest.fixture
+def experiment(interrupted, monkeypatch, capsys):
+    """Runs the command to its end; returns its results, what it printed, and when each run was written."""
+    folder, _ = interrupted
+    monkeypatch.setattr(quality.multiprocessing, "get_context", lambda method: FORKED)
+    monkeypatch.setattr(sys, "argv", ["bench", *COMMAND])
 
     def run():
-        command = [*COMMAND, *OPTIONS, "--sensitivity-seeds", "0", "--out", folder / "out", "--runs", folder / "runs"]
-        process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert process.returncode == 0, process.stderr
+        assert main([*COMMAND, "--out", str(folder / "out"), "--runs", str(folder / "runs")]) == 0
         results = json.loads((folder / "out" / "quality.json").read_text())
-        return results, process.stdout, {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*.npz")}
+        return results, capsys.readouterr().out, times_of_writing(folder)
 
     return run
 
 
-def test_it_reports_what_the_runs_predicted_and_resumes(experiment):
+def times_of_writing(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*.npz")}
+
+
+def test_it_reports_what_the_runs_predicted_and_resumes(interrupted, experiment):
+    before = times_of_writing(interrupted[0])
     results, screen, written = experiment()
+    assert before.items() <= written.items()  # what an interrupted command had written is not made again
     assert len(written) == 2 * 2 + 2  # two losses at two rates, then a second seed at the chosen rate
     mixed = results["settings"]["mixed"]
     (folder,) = {path.parent for path in written}
@@ -116,26 +146,3 @@ def test_runs_of_other_data_or_steps_are_kept_apart(monkeypatch):
 
     monkeypatch.setitem(demo.TRAINING_DEFAULTS, "warmup_steps", 7)
     assert digest != quality._digest("embedded", None)
-
-
-def test_no_runs_are_left_half_written_by_an_interrupt(tmp_path):
-    import signal
-    import time
-
-    command = [*COMMAND, *OPTIONS, "--out", tmp_path / "out", "--runs", tmp_path / "runs"]
-    process = subprocess.Popen(
-        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*/*.npz")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert b"bench: interrupted" in errors
-    runs = list(tmp_path.glob("runs/*/*.npz"))
-    assert runs
-    for path in runs:
-        with np.load(path) as arrays:
-            assert len(arrays["test_chosen"]) == 2000
-    assert not list(tmp_path.glob("out/*.json"))

@@ -17,6 +17,7 @@ from normbt_kernels.commands.train import user_job
 from normbt_kernels.data import stdlib_faults
 from normbt_kernels.data.preferences import load_preferences
 from normbt_kernels.data.stdlib_faults import faults, functions, split_pairs
+from tests.processes import Command
 
 SPLITS = ("train", "validation", "test")
 KINDS = ("operator", "off by one", "swapped arguments", "wrong variable", "dropped return")
@@ -137,12 +138,9 @@ def test_a_users_model_is_judged_on_modules_it_was_not_trained_on(pairs, tmp_pat
 
 
 def test_train_needs_no_model_for_it(tmp_path):
-    command = [sys.executable, "-m", "normbt_kernels", "train", "--dataset", "stdlib-faults", "--output-dir", "out"]
-    process = subprocess.run(
-        [*command, "--max-steps", "2", "--eval-strategy", "no", "--loss", "normbt"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    arguments = ["train", "--dataset", "stdlib-faults", "--output-dir", "out", "--max-steps", "2", "--loss", "normbt"]
+    command = Command("normbt_kernels", *arguments, "--eval-strategy", "no", cwd=tmp_path)
+    assert command.wait() == 0, command.errors
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["dataset"] == "stdlib-faults"
     names = {group["name"] for group in results["groups"] if group["kind"] == "category"}

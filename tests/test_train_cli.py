@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from normbt_kernels.data import demo
 from normbt_kernels.data.preferences import load_preferences, parse_row
 from normbt_kernels.data.tokens import LeftOut, prepare, tokenize
 from normbt_kernels.errors import UserError
+from tests.processes import Command
 
 WORDS = ["add", "two", "four", "five", "six", "user", "assistant", ":", "<s>", "</s>", "<unk>"]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }} </s> {% endfor %}"
@@ -27,11 +27,10 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.co
 
 def normbt(*arguments, cwd, check=True):
     """The real command in its own process."""
-    process = subprocess.run(
-        [sys.executable, "-m", "normbt_kernels", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
-    )
-    assert not check or process.returncode == 0, process.stdout + process.stderr
-    return process
+    command = Command("normbt_kernels", *arguments, cwd=cwd)
+    command.wait()
+    assert not check or command.exit_code == 0, command.output + command.errors
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,7 @@ def chat_rows(num_rows):
 
 def test_train_without_arguments_compares_bt_and_normbt(tmp_path):
     (tmp_path / "normbt-demo").mkdir()  # an earlier run, which must be left alone
-    process = normbt("train", "--max-steps", 20, "--eval-steps", 10, cwd=tmp_path)
+    command = normbt("train", "--max-steps", 20, "--eval-steps", 10, cwd=tmp_path)
     output = tmp_path / "normbt-demo-2"
     assert not list((tmp_path / "normbt-demo").iterdir())
     assert sorted(path.name for path in output.iterdir()) == ["bt", "normbt", "results.json", "results.png"]
@@ -94,11 +93,11 @@ def test_train_without_arguments_compares_bt_and_normbt(tmp_path):
     for kind in ("category", "distance"):
         assert sum(group["num_pairs"] for group in results["groups"] if group["kind"] == kind) == 2000
     for group in results["groups"]:
-        assert group["name"] in process.stdout
+        assert group["name"] in command.output
         for accuracy in group["accuracy"].values():
-            assert f"{accuracy:.3f}" in process.stdout
-    assert "One seed (42)" in process.stdout
-    assert "20/20" in process.stderr  # Trainer's progress bar
+            assert f"{accuracy:.3f}" in command.output
+    assert "One seed (42)" in command.output
+    assert "20/20" in command.errors  # Trainer's progress bar
 
     for loss in ("bt", "normbt"):
         model = AutoModelForSequenceClassification.from_pretrained(output / loss)
@@ -140,9 +139,9 @@ def test_causal_lm_and_conversations_become_a_reward_model(tmp_path, causal_lm):
     data = write_jsonl(tmp_path / "pairs.jsonl", chat_rows(24))
     common = ("train", "--model", causal_lm, "--dataset", data, "--eval-fraction", 0.25, "--max-steps", 4)
     saving = ("--output_dir", "out", "--loss", "bt", "normbt", "--save-steps", 2, "--learning-rate", 0.01)
-    process = normbt(*common, *saving, cwd=tmp_path)
-    assert "its reward head is new" in process.stdout
-    assert "has no pad token: its tokenizer gets <|pad|>" in process.stdout
+    command = normbt(*common, *saving, cwd=tmp_path)
+    assert "its reward head is new" in command.output
+    assert "has no pad token: its tokenizer gets <|pad|>" in command.output
 
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["num_eval_pairs"] == 6
@@ -156,8 +155,8 @@ def test_causal_lm_and_conversations_become_a_reward_model(tmp_path, causal_lm):
 
     # Finished results are not overwritten; resuming from the middle reproduces them.
     refused = normbt(*common, *saving, cwd=tmp_path, check=False)
-    assert refused.returncode == 2
-    assert "already holds results.json" in refused.stderr
+    assert refused.exit_code == 2
+    assert "already holds results.json" in refused.errors
     for loss in ("bt", "normbt"):
         for file in (tmp_path / "out" / loss / "checkpoint-4").iterdir():
             file.unlink()
@@ -342,11 +341,11 @@ def test_model_and_dataset_go_together(capsys):
 
 
 def test_a_mistake_shows_no_traceback(tmp_path):
-    process = normbt(
+    command = normbt(
         "train", "--model", "m", "--dataset", "missing.jsonl", "--output-dir", "o", cwd=tmp_path, check=False
     )
-    assert process.returncode == 2
-    assert process.stderr == "normbt: error: missing.jsonl: no such file\n"
+    assert command.exit_code == 2
+    assert command.errors == "normbt: error: missing.jsonl: no such file\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
@@ -380,18 +379,12 @@ def test_several_processes_need_a_folder(monkeypatch, capsys):
 
 
 def test_interrupted_run_leaves_no_results(tmp_path):
-    command = [sys.executable, "-m", "normbt_kernels", "train", "--output-dir", "out"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    seen = b""
-    while b"/800" not in seen:  # the bar of the first model
-        chunk = process.stderr.read1()
-        assert chunk, seen.decode()
-        seen += chunk
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"normbt: interrupted" in rest
-    assert b"Traceback" not in rest
+    command = Command("normbt_kernels", "train", "--output-dir", "out", cwd=tmp_path)
+    command.wait_until(lambda: "/800" in command.errors)  # the bar of the first model
+    os.kill(command.pid, signal.SIGINT)
+    assert command.wait() == 130
+    assert "normbt: interrupted" in command.errors
+    assert "Traceback" not in command.errors
     assert not list((tmp_path / "out").glob("*results*"))
 
 
@@ -443,9 +436,12 @@ def test_missing_transformers_names_the_extra(tmp_path):
 
 
 def test_info_checks_the_loss_in_ten_seconds(tmp_path):
-    start = time.perf_counter()
-    process = normbt("info", cwd=tmp_path)
-    assert time.perf_counter() - start < 10
+    before = os.times()
+    process = subprocess.run(
+        [sys.executable, "-m", "normbt_kernels", "info"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    after = os.times()  # of the processor, not of the wall: other processes must not decide a test
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 10
     for word in ("normbt-kernels", "torch", "triton", "transformers", "backend: ", "self-check: passed"):
         assert word in process.stdout
 

@@ -1,8 +1,6 @@
 """The losses that `normbt train` compares are the formulas that their names stand for, on the collator's batches."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from normbt_kernels.data import demo
 from normbt_kernels.data.tokens import tokenize
 from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.transformers import PreferenceCollator
+from tests.processes import Command
 
 NUM_PAIRS, HIDDEN_SIZE = 8, 16
 
@@ -81,14 +80,12 @@ def test_margins_that_are_missing_or_negative_are_refused(rows):
 
 
 def test_any_list_of_losses_is_one_comparison(tmp_path):
-    command = [sys.executable, "-m", "normbt_kernels", "train", "--max-steps", "2", "--eval-strategy", "no"]
     losses = ["bt", "bt-margin-out", "normbt-margin", "normbt-smoothing"]
-    process = subprocess.run(
-        [*command, "--loss", *losses, "--output-dir", "out"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+    arguments = ["train", "--max-steps", "2", "--eval-strategy", "no", "--output-dir", "out", "--loss", *losses]
+    command = Command("normbt_kernels", *arguments, cwd=tmp_path)
+    assert command.wait() == 0, command.errors
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["losses"]) == losses
     assert all(list(group["accuracy"]) == losses for group in results["groups"])
     for label in ("BT margin-out", "NormBT margin", "NormBT smoothing"):
-        assert label in process.stdout
+        assert label in command.output

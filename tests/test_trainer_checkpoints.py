@@ -1,11 +1,6 @@
 """Checkpoints of `NormBTTrainer`: a resumed run is the run, and a save that was cut short does no harm."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from normbt_kernels.integrations.checkpoint import last_whole_checkpoint
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
+from tests.processes import Command
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 
@@ -83,20 +79,9 @@ def test_resumed_run_with_lora_equals_the_uninterrupted_one_bitwise(tmp_path, bf
 
 
 def test_killed_in_the_middle_of_a_save_the_previous_checkpoint_resumes(whole, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.slow_saver", str(tmp_path)],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "checkpoint-6" / "saving").exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    command = Command("tests.slow_saver", tmp_path)
+    command.wait_until((tmp_path / "checkpoint-6" / "saving").exists)
+    command.kill()
     assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")  # which Trainer itself would take
     assert (tmp_path / "checkpoint-6" / "normbt.pt").exists()
     assert not (tmp_path / "checkpoint-6" / "trainer_state.json").exists()

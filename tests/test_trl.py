@@ -2,9 +2,6 @@
 
 import copy
 import functools
-import gc
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -39,6 +36,7 @@ from normbt_kernels.integrations import checkpoint
 from normbt_kernels.integrations import trl as integration
 from normbt_kernels.integrations.pooled_head import pool_head
 from normbt_kernels.integrations.trl import METRICS, NormBTRewardMixin, NormBTRewardTrainer
+from tests.processes import run_ranks
 
 VOCABULARY = 32
 PAD, EOS, UNKNOWN = 0, 1, 2
@@ -644,19 +642,10 @@ def train_on_two_ranks(output_dir):
             results[f"{cls.__name__} under {engine}"] = trained(trainer)
     if trainer.is_world_process_zero():
         torch.save((histories, results), output_dir / "two_ranks.pt")
-    # gloo's threads must end before the interpreter does, and its destructor wait for them without the GIL, which it
-    # does not where DDP is the last to let go of the group.
-    del trainer, model
-    gc.collect()
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_log_as_trl_does_and_train_as_one_on_the_joined_batch(tokenizer, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    python_path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "CI": "1"}
-    run = subprocess.run([*command, str(tmp_path)], env=environment, timeout=300, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run_ranks(2, "tests.test_trl", tmp_path, CI=1)
     (theirs, ours), results = torch.load(tmp_path / "two_ranks.pt", weights_only=True)
     for expected, seen in zip(theirs, ours, strict=True):
         shared = {name for name in expected if name.removeprefix("eval_") in METRICS}
