@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch as num_modes_before_dispatch
 
-_library = torch.library.Library("normbt", "FRAGMENT")
+NAMESPACE = "normbt"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -39,10 +40,10 @@ def define_op(schema: str, *, fake: Callable, autograd: Callable) -> Callable[[C
                 return autograd(run, *arguments)
 
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        op = getattr(torch.ops.normbt, name).default
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         _library.impl(name, with_gradients, "Autograd", with_keyset=True)
-        torch.library.register_fake(f"normbt::{name}", fake, lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         implementation.op = op
         return implementation
 
