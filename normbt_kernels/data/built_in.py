@@ -1,4 +1,4 @@
-"""The data sets that need no download, each with a model of its own to train from scratch."""
+"""The built-in data sets, which need no download. Each has its own small model, trained from new weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from normbt_kernels.data.preferences import Preference
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """`pairs` takes "train", "validation" or "test" and a seed, which matters to the training pairs alone. `make_model`
-    draws new weights from torch's current seed."""
+    """`pairs` takes "train", "validation" or "test" and a seed; only the training pairs depend on the seed.
+    `make_model` draws new weights from torch's current seed."""
 
     name: str
     model_name: str
@@ -45,5 +45,5 @@ STANDARD_LIBRARY = BuiltIn(
 
 
 def find_built_in(dataset: str | None) -> BuiltIn | None:
-    """What `--dataset` means without a model: the built-in default if left out, None for data of the user's."""
+    """The data set that `--dataset` names without a model: the default for None, and None for the user's own data."""
     return {None: GENERATED, STDLIB_FAULTS: STANDARD_LIBRARY}.get(dataset)

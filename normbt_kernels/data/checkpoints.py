@@ -1,7 +1,7 @@
-"""A reward model from any checkpoint, or a small new one: one scalar head, and a pad token that is nothing else.
+"""A reward model from any checkpoint, or a small new one: one scalar head, and a pad token with no other meaning.
 
-Every command loads here. What a checkpoint does not hold, transformers draws anew; only a head may be new, which is
-said aloud, and everything else that is missing or does not fit is refused by the names of its weights.
+Every command loads its model here. transformers draws at random whatever a checkpoint does not hold. We allow this only
+for a head, and say so; we refuse a checkpoint in which anything else is missing or does not fit, and name the weights.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ CANNOT_LOAD = (OSError, ValueError, RuntimeError, SafetensorError)  # what trans
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, or of an adapter's base model where the adapter has none of its own.
+    """The tokenizer of a checkpoint, or of an adapter's base model if the adapter has none of its own.
 
     Raises:
-        UserError: there is no such tokenizer, or it has no vocabulary: for some models transformers makes an empty one
-            up where its files are missing.
+        UserError: there is no such tokenizer, or it has no vocabulary (if the files are missing, transformers invents
+            an empty tokenizer for some models).
     """
     base = base_of_adapter(name)
     try:
@@ -58,15 +58,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer as it is; of a processor, which holds one beside what reads images or sound, its tokenizer."""
+    """The tokenizer itself, or the one that a processor holds besides what reads images or sound."""
     return getattr(processing_class, "tokenizer", processing_class)
 
 
 def load_training_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The same with a pad token that is not also its end of sequence.
+    """`load_tokenizer`, with a pad token that is not also the end-of-sequence token.
 
-    Decoders' forward finds the last token as the last one that is not padding. Were padding the end-of-sequence
-    token, the saved checkpoint would read the token before it, and not the one that was trained.
+    A decoder's forward takes the last token that is not padding. If padding were the end-of-sequence token, the saved
+    checkpoint would read the token before the one that was trained.
     """
     tokenizer = load_tokenizer(name)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
@@ -77,10 +77,10 @@ def load_training_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_scoring_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The same as RewardBench takes it: one without a pad token pads with its end of sequence.
+    """`load_tokenizer` as RewardBench uses it: a tokenizer without a pad token pads with its end-of-sequence token.
 
     Raises:
-        UserError: as `load_tokenizer`, or it has neither.
+        UserError: as `load_tokenizer`, or the tokenizer has neither token.
     """
     tokenizer = load_tokenizer(name)
     if tokenizer.pad_token is None:
@@ -96,13 +96,13 @@ def load_scoring_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_model(
     name: str, tokenizer: PreTrainedTokenizerBase, dtype: str = "auto", *, new_head: bool = False
 ) -> PreTrainedModel | nn.Module:
-    """The checkpoint `name`, a folder or hub id, as a sequence classifier with one label; an adapter on its base model,
-    its weights trainable. Embeddings grow to the tokens of the tokenizer, but where the model only scores.
+    """The checkpoint `name`, a folder or hub id, as a sequence classifier with one label. An adapter is put on its base
+    model with trainable weights. A model with a new head gets embeddings for all tokens of the tokenizer.
 
     Args:
         name: of a classifier, of a language model, or of a peft adapter that holds a head.
         dtype: of the weights: "float32", ..., or "auto", as they were saved.
-        new_head: a checkpoint without a head for one label gets one, drawn from torch's current seed.
+        new_head: give a checkpoint without a head for one label a new one, drawn from torch's current seed.
 
     Raises:
         UserError: there is no such checkpoint; its architecture has no sequence classifier; it has no head for one
@@ -121,7 +121,7 @@ def load_model(
             )  # fmt: skip
             raise UserError(f"{name} is no trained reward model: {why}")
         print(_new_head(name, config, missing))
-    if new_head:  # a model that only scores gets no embeddings that nobody trained
+    if new_head:  # a model that only scores must not get embeddings that nobody trained
         _grow(model, len(tokenizer))
     return model
 
@@ -136,7 +136,7 @@ def base_of_adapter(name: str) -> str | None:
         if find_adapter_config_file(name) is None:
             return None
     except OSError:
-        return None  # there is no such checkpoint, which its loader says better
+        return None  # there is no such checkpoint, and its loader has the better message
     try:
         from peft import PeftConfig
     except ImportError as error:
@@ -147,7 +147,7 @@ def base_of_adapter(name: str) -> str | None:
 def _load_classifier(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedConfig, list[str]]:
     """The classifier, the configuration as saved, and the names of the head's weights that are new."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of weights is judged here, and said in words
+    logging.set_verbosity_error()  # we judge its table of weights here, and say the result in words
     try:
         config = AutoConfig.from_pretrained(name)
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -168,7 +168,7 @@ def _new_weights(name: str, model: PreTrainedModel, config: PreTrainedConfig, re
     """The weights of the head that the checkpoint does not hold for one label.
 
     Raises:
-        UserError: others are missing or do not fit; or the checkpoint has a head by another name.
+        UserError: other weights are missing or do not fit, or the checkpoint has a head with another name.
     """
     misfits = {key: (tuple(saved), tuple(made)) for key, saved, made in report["mismatched_keys"]}
     for key, (saved, made) in sorted(misfits.items()):
@@ -193,13 +193,13 @@ def _new_weights(name: str, model: PreTrainedModel, config: PreTrainedConfig, re
 
 
 def _is_of_head(key: str, model: PreTrainedModel) -> bool:
-    """Everything around the backbone is the head, and so is the pooler that BERT keeps inside."""
+    """The head is everything outside the backbone, and the pooler that BERT keeps inside it."""
     prefix = model.base_model_prefix
     return not key.startswith(f"{prefix}.") or key.startswith(f"{prefix}.pooler.")
 
 
 def _own_weights(config: PreTrainedConfig) -> set[str]:
-    """The names of all weights of the architecture that was saved: a language model's head is none of ours."""
+    """The names of all weights of the saved architecture, so that a language model's head is not taken for ours."""
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     if architecture is None:
         return set()
@@ -261,7 +261,7 @@ def _load_adapter(name: str, base_name: str, base: PreTrainedModel, missing: lis
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Tokens of the longest sequence for which `model` has positions; None where it computes them."""
+    """The longest sequence, in tokens, for which `model` has positions; None if it computes them."""
     limits = [
         table.num_embeddings - getattr(table, "offset", 0) - (0 if table.padding_idx is None else table.padding_idx + 1)
         for name, table in model.named_modules()
@@ -271,7 +271,7 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """How many tokens `model` has embeddings for; None where that is not known."""
+    """The number of tokens that `model` has embeddings for; None if it is not known."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", None)
     except (AttributeError, NotImplementedError):
@@ -283,7 +283,7 @@ def _holds_positions(name: str) -> bool:
 
 
 def checkpoint_position_limit(name: str) -> int | None:
-    """`position_limit` of a checkpoint, by its configuration alone.
+    """`position_limit` of a checkpoint, from its configuration alone.
 
     Raises:
         UserError: there is no such checkpoint, or its architecture has no sequence classifier.
@@ -302,7 +302,7 @@ def checkpoint_position_limit(name: str) -> int | None:
 def new_llama(
     tokenizer: PreTrainedTokenizerBase, hidden_size: int, intermediate_size: int, num_layers: int, max_tokens: int
 ) -> LlamaForSequenceClassification:
-    """A Llama with four heads of attention and a scalar head, drawn from torch's current seed."""
+    """A Llama with four attention heads and a scalar head, drawn from torch's current seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

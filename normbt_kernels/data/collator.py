@@ -17,7 +17,7 @@ from normbt_kernels.data.tokens import CONSTANTS, check_ids
 class PreferenceCollator:
     """Pads tokenised pairs into one batch in halves layout: row i is preferred to row i + B.
 
-    Pads on `tokenizer.padding_side` with `tokenizer.pad_token_id`. The attention mask is made from the lengths,
+    Pads on `tokenizer.padding_side` with `tokenizer.pad_token_id`. The attention mask comes from the lengths,
     so a pad token that also occurs in the text (pad == eos) does no harm.
 
     Args:
@@ -29,8 +29,8 @@ class PreferenceCollator:
     `pair_weight` `(B,)` if the rows have them.
 
     Raises:
-        ValueError: the tokenizer has no pad token; or the rows have no token ids, an empty side, or a number in some of
-            them only.
+        ValueError: the tokenizer has no pad token; or the rows have no token ids, an empty side, or a number that only
+            some of them have.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -1,17 +1,18 @@
 """The built-in default: a reward model of 0.1M parameters and preference pairs of two kinds.
 
-Each answer doubles two numbers, and wears a few style words:
+Each answer doubles two numbers and has a few style words:
 
     double : well 17 = 34 ; um 5 = 10 ;
 
     fine    the same answer with one wrong result                          never mislabelled
     coarse  the same results in another style, the better style preferred  labels drawn from Bradley-Terry
 
-A pair's margin, for the losses that use one, is the difference in rating: 1 for a wrong result, else that in style.
+A pair's margin, for the losses that use one, is the difference in rating: 1 for a wrong result, otherwise the difference
+in style.
 
-A fine pair differs in one token and lies close together in the hidden space; a coarse pair differs in many and lies
-far apart. That is the situation of the paper: plain BT scales each pair's gradient by its distance, so the
-coarse pairs, noisy labels and all, drown the fine ones.
+A fine pair differs in one token, so its answers lie close together in the hidden space. A coarse pair differs in many
+tokens, so its answers lie far apart. This is the situation of the paper: plain BT scales each pair's gradient by its
+distance, and the coarse pairs with their noisy labels drown the fine ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from normbt_kernels.data.preferences import Preference
 
 NUMBERS = range(50)
 STEPS = 2
-# How much each style word pleases; an answer's style is worth the sum.
+# How much each style word pleases. The style of an answer is worth their sum.
 STYLE_WORDS = {
     "thanks": 1.0,
     "okay": 0.7,

@@ -1,4 +1,4 @@
-"""A preference pair, checked: what a row of user data must be, and what it becomes.
+"""A row of user data, checked, and the preference pair that it becomes.
 
     row {chosen, rejected, prompt?, system?, tools?, chat_template_kwargs?, margin?, pair_weight?, category?}
       -> Preference: two complete texts, or two complete conversations of whole messages
@@ -29,8 +29,8 @@ OPTIONAL_COLUMNS = ("margin", "pair_weight", "category")  # in every row or in n
 class Preference:
     """One checked pair: two complete texts or conversations, prompt included. `where` names its row.
 
-    `template` is what the chat template takes beside the messages: `tools`, and the row's `chat_template_kwargs`.
-    `repeats_prompt` says that an answer begins with the prompt, which is there twice then.
+    `template` holds what the chat template takes besides the messages: `tools`, and the row's `chat_template_kwargs`.
+    `repeats_prompt` is true if an answer begins with the prompt, so that the text has it twice.
     """
 
     chosen: Text
@@ -52,9 +52,9 @@ def load_preferences(
 ) -> list[Preference]:
     """All pairs of a data file or of a split of a hub data set, as `read_rows` reads them.
 
-    The source "stdlib-faults" has the splits "train" and "validation"; any other one is its test split. Each row of
-    the others is read by `parse`, called as `parse_row`, which is the default; `columns` says which of its columns is
-    meant by a name: {"chosen": "response_j"}.
+    The source "stdlib-faults" has the splits "train" and "validation"; any other name means its test split. `parse` reads
+    each row of other sources, with the arguments of `parse_row`, the default. `columns` maps our name of a column to
+    the data's: {"chosen": "response_j"}.
 
     Raises:
         UserError: the source cannot be read, or a row is not a preference pair.
@@ -91,14 +91,13 @@ def _renamed(row: Any, columns: Mapping[str, str], where: str) -> Any:
 def parse_row(row: Any, where: str) -> Preference:
     """The pair in one row of user data.
 
-    A text prompt is put before text answers as it is. With messages, or a prompt of messages, the prompt is the
-    beginning of the conversation and the answers are its end; where the answers repeat messages of the prompt, or are
-    whole conversations already, these are there once. `system` opens the conversation. Messages are kept whole, but
-    for fields that are None, which a table puts where other rows have something. RewardBench calls the category
-    `subset`.
+    A text prompt is put before text answers unchanged. If the prompt or the answers are messages, the prompt begins the
+    conversation and the answers end it; messages that the answers repeat from the prompt are kept once. `system` opens
+    the conversation. Messages keep all their fields except those that are None, which a table writes where other rows
+    have a value. RewardBench calls the category `subset`.
 
     Raises:
-        UserError: naming `where`, if this is no preference pair.
+        UserError: the row is not a preference pair; the message names `where`.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: not an object with columns, but {type(row).__name__}")
@@ -143,7 +142,7 @@ def _number(value: Any, name: str, where: str) -> float | None:
 
 
 def _template_arguments(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`tools` (a list, or one as JSON) and `chat_template_kwargs` of the row; none where it has neither."""
+    """`tools` (a list, or a list as JSON) and `chat_template_kwargs` of the row; empty if the row has neither."""
     arguments = row.get("chat_template_kwargs", {})
     if not isinstance(arguments, dict):
         raise UserError(f"{where}: 'chat_template_kwargs' is not an object: {arguments!r}")
@@ -173,7 +172,7 @@ def _text_or_messages(value: Any, name: str, where: str) -> Text:
 
 
 def _is_message(message: Any) -> bool:
-    """A role and a text; or, in place of the text, something else, such as tool calls."""
+    """A message has a role and a text, or something else instead of the text, such as tool calls."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     return isinstance(message["content"], str) if "content" in message else len(message) > 1

@@ -1,4 +1,4 @@
-"""Rows of a data file or a hub data set, as they are: numbered from 1, a JSON-like value each."""
+"""The unchanged rows of a data file or a hub data set: numbered from 1, one JSON-like value each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _parse_json(text: bytes, where: str) -> Any:
 
 
 def _read_csv(path: Path) -> Rows:
-    """Every value is text; an empty one is none, and those of `NUMBERS` are numbers."""
+    """Values are text, except that empty ones become None and the columns in `NUMBERS` become numbers."""
     with _open(path) as file:
         try:
             lines = (line.decode("utf-8-sig") for line in _readable(file, path))
@@ -76,13 +76,13 @@ def _csv_value(name: str, value: str | None) -> str | float | None:
     try:
         return float(value) if name in NUMBERS else value
     except ValueError:
-        return value  # which the check of the row names
+        return value  # the check of the row will name it
 
 
 def _readable(lines: IO[bytes], path: Path) -> Iterator[bytes]:
     try:
         yield from lines
-    except (OSError, EOFError) as error:  # gzip's own, for a file that is cut off or no gzip
+    except (OSError, EOFError) as error:  # gzip raises these for a file that is cut off or is not gzip
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
 

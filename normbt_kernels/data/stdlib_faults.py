@@ -1,11 +1,11 @@
 """Preference pairs from the Python standard library's own source, as installed: `--dataset stdlib-faults`.
 
-    fine    a real function, and the same with one fault put into its syntax tree (operator, off by one, swapped
+    fine    a real function, and the same function with one fault in its syntax tree (operator, off by one, swapped
             arguments, wrong variable, dropped return): the kinds of HumanEvalPack (Muennighoff et al., 2023)
-    coarse  a docstring's first line over its own function, and over an unrelated one
+    coarse  a docstring's first line above its own function, and above an unrelated one
 
-Nothing is shipped or downloaded: another version of Python gives other pairs, the same one the same pairs. Whole
-modules are held out, and a function that occurs twice counts once, so no held-out function is trained on.
+Nothing is shipped or downloaded. The same version of Python gives the same pairs, another version gives others. Whole
+modules are held out, and a function that occurs twice counts once, so no model trains on a held-out function.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from normbt_kernels.data.preferences import Preference
 
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
 MAX_CHARACTERS = 300  # of a function
-VERSIONS_OF_A_FUNCTION = 3  # training pairs of each kind made of it, with other faults
+VERSIONS_OF_A_FUNCTION = 3  # training pairs of each kind, with different faults
 VOCABULARY = 2048
 MAX_TOKENS = 256
 
-# An annotator's rating, for the losses that use a margin: how much worse the rejected text is.
+# How much worse the rejected text is, as an annotator would rate it, for the losses that use a margin.
 FINE_MARGIN, COARSE_MARGIN = 1.0, 2.0
 
 OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {

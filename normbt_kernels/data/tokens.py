@@ -1,9 +1,9 @@
-"""Pairs as token ids: laid out by the tokenizer, checked, and those that are no use to a loss left out and counted.
+"""Pairs as token ids: laid out by the tokenizer and checked; pairs that no loss can use are left out and counted.
 
     Preference -> {chosen_ids, rejected_ids, margin?, pair_weight?, category?}
 
-Left out are pairs with a sequence that is too long, and pairs whose two sides are the same tokens (a chat template may
-strip what told them apart): their distance is 0, their NormBT weight its cap, and there is nothing to prefer.
+A pair is left out if a sequence is too long, or if both sides are the same tokens (a chat template may strip what told
+them apart). Identical sides have distance 0 and the largest NormBT weight, and there is nothing to prefer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from normbt_kernels.errors import UserError, first_line
 
 Row = Mapping[str, Any]
 SIDES = ("chosen_ids", "rejected_ids")
-CONSTANTS = ("margin", "pair_weight")  # what a pair may have for the loss beside its two sequences
+CONSTANTS = ("margin", "pair_weight")  # what the loss may take of a pair besides its two sequences
 
 
 # --- tokenising ----------------------------------------------------------------------------------------------------
@@ -40,12 +40,12 @@ def tokenize(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, de
 def tokenize_pair(pair: Preference, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The row `{chosen_ids, rejected_ids (int32 arrays), margin?, pair_weight?, category?}`.
 
-    Text gets the tokenizer's special tokens and its end-of-sequence token, if it has one; conversations are laid
-    out by the tokenizer's chat template.
+    Text gets the tokenizer's special tokens and its end-of-sequence token, if it has one. The tokenizer's chat template
+    lays conversations out.
 
     Raises:
-        UserError: conversations, and the tokenizer has no chat template, or the template refuses one; or a text of
-            which no token is left.
+        UserError: the pair is a conversation and the tokenizer has no chat template, or the template refuses it; or a
+            side has no tokens.
     """
     ids = {f"{side}_ids": _token_ids(getattr(pair, side), pair, tokenizer) for side in ("chosen", "rejected")}
     for name in SIDES:
@@ -72,7 +72,7 @@ def _token_ids(text: Text, pair: Preference, tokenizer: PreTrainedTokenizerBase)
 
 
 def remark(pair: Preference, row: Row, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What looks wrong about a pair, and is trained as it is."""
+    """What looks wrong about a pair that is used all the same."""
     if pair.repeats_prompt:
         return "an answer begins with the prompt, which is put before it once more"
     begin = tokenizer.bos_token_id
@@ -82,7 +82,7 @@ def remark(pair: Preference, row: Row, tokenizer: PreTrainedTokenizerBase) -> st
 
 
 def summed_up(remarks: Iterable[tuple[str, str | None]]) -> list[str]:
-    """One line for each thing that was remarked, from (row, remark): where first, and in how many pairs."""
+    """One line for each different remark, from (row, remark): the first row that has it, and how many pairs do."""
     rows_of: dict[str, list[str]] = {}
     for where, text in remarks:
         if text is not None:
@@ -97,7 +97,7 @@ def summed_up(remarks: Iterable[tuple[str, str | None]]) -> list[str]:
 
 
 def num_tokens(row: Row) -> int:
-    """Of the longer one of a pair's two sequences."""
+    """The number of tokens of the longer sequence of a pair."""
     return max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
@@ -110,7 +110,7 @@ def is_identical(row: Row) -> bool:
 
 def check_ids(row: Row, where: str, vocabulary: int | None = None) -> None:
     """Raises UserError naming `where` if a row of token ids has an empty side, an id beyond the model's `vocabulary`,
-    or a margin or weight that is no number."""
+    or a margin or weight that is not a number."""
     for name in SIDES:
         if not len(row[name]):
             raise UserError(f"{where}: {name!r} is empty")
@@ -133,7 +133,7 @@ def _is_finite(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Which pairs a loss has no use for: longer than `max_length` tokens, or, unless they are kept, identical."""
+    """Which pairs are left out: those longer than `max_length` tokens and, unless `keep_identical`, identical ones."""
 
     max_length: float
     keep_identical: bool = False
@@ -142,7 +142,7 @@ class LeftOut:
         return num_tokens(row) <= self.max_length and (self.keep_identical or not is_identical(row))
 
     def told(self, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-        """The pairs that are kept, and a line for each reason that others are not, such as "3 of 20 pairs are ..."."""
+        """The kept pairs, and one line for each reason why others are left out, such as "3 of 20 pairs are ..."."""
         too_long = sum(num_tokens(row) > self.max_length for row in rows)
         kept = [row for row in rows if self.keeps(row)]
         return kept, self.reasons(len(rows), too_long, len(rows) - too_long - len(kept))
@@ -156,7 +156,7 @@ class LeftOut:
 
 
 def truncated(rows: Sequence[Row], max_length: int, side: str) -> tuple[list[Row], int]:
-    """The rows with every sequence cut to `max_length` tokens at its "right" or "left" end, and how many pairs were."""
+    """The rows with every sequence cut to `max_length` tokens at its "right" or "left" end, and how many were cut."""
     cut = [num_tokens(row) > max_length for row in rows]
     part = slice(-max_length, None) if side == "left" else slice(max_length)
     rows = [dict(row) | {name: row[name][part] for name in SIDES} for row in rows]
@@ -165,7 +165,7 @@ def truncated(rows: Sequence[Row], max_length: int, side: str) -> tuple[list[Row
 
 @dataclass(frozen=True)
 class Prepared:
-    """The rows of the pairs that are kept; a line for each reason why others are not, and for what looks wrong."""
+    """The rows of the kept pairs; one line for each reason why others are left out, and one for each remark."""
 
     rows: list[Row]
     left_out: list[str]
@@ -180,8 +180,8 @@ def prepare(
     truncate: bool = False,
     kind: str = "pairs",
 ) -> Prepared:
-    """The token ids of `pairs`, which are of some `kind`, without those that `left_out` says; with `truncate` long
-    sequences are cut, where the tokenizer cuts, and no pair is too long.
+    """The token ids of `pairs` without those that `left_out` leaves out; `kind` names the pairs in messages. `truncate`
+    cuts long sequences at the tokenizer's side of truncation, so that no pair is too long.
 
     Raises:
         UserError: as `tokenize_pair`; or no pair is left.
