@@ -1,13 +1,13 @@
 """A reward model's accuracy on preference pairs, counted as RewardBench v1 counts it.
 
-    right     chosen > rejected, strictly, of the rewards that the model returns, in its own dtype: a tie is wrong
+    right     chosen > rejected, strictly, by the rewards that the model returns in its own dtype: a tie is wrong
     subset    share of its pairs that are right
     section   mean of its subsets, weighted by RewardBench's example counts
     overall   mean of the sections
 
-After RewardBench (arXiv:2403.13787); with the same rewards, the sections are those of `calculate_scores_per_section` in
-its package `rewardbench` 0.1.4, but that a section without pairs is left out here, and 0 there. Pairs that are too long
-are left out too, and counted.
+This follows RewardBench (arXiv:2403.13787). For the same rewards, the sections equal those of
+`calculate_scores_per_section` in its package `rewardbench` 0.1.4, except that a section without pairs is left out here
+and is 0 there. Pairs that are too long are left out and counted.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.tokens import num_tokens
 from normbt_kernels.resumable import fingerprint, map_resumable
 
-# The weight of each subset in its section: its number of pairs, but for math-prm, which has 447 and counts as much as
-# the six programming languages together.
+# The weight of each subset in its section is its number of pairs. The exception is math-prm: it has 447 pairs and counts
+# as much as the six programming languages together.
 SECTIONS = {
     "Chat": {
         "alpacaeval-easy": 100,
@@ -71,10 +71,10 @@ class Accuracy:
     """Shares of right pairs.
 
     Attributes:
-        num_pairs, num_ties, num_nan: pairs, those of them whose two rewards are equal, and those with a reward that is
-            not a number; both are wrong.
-        all_pairs: share of all pairs that are right.
-        subsets: number of pairs and share that is right, by subset; empty if the pairs have no subsets.
+        num_pairs, num_ties, num_nan: pairs; pairs whose two rewards are equal; pairs with a reward that is NaN. Ties and
+            NaN count as wrong.
+        all_pairs: share of right pairs among all.
+        subsets: number of pairs and share of right ones, by subset; empty if the pairs have no subsets.
         sections: RewardBench's sections that have pairs.
         overall: mean of the sections; without sections the unweighted mean of the subsets; without subsets `all_pairs`.
     """
@@ -97,7 +97,7 @@ class Accuracy:
 
 
 def accuracy(chosen_rewards: Any, rejected_rewards: Any, subsets: Sequence[str] | None = None) -> Accuracy:
-    """Counts the pairs that are right, as RewardBench v1 does.
+    """Counts the right pairs, as RewardBench v1 does.
 
     Args:
         chosen_rewards, rejected_rewards: `(P,)` arrays or lists, as the model returned them.
@@ -131,7 +131,7 @@ def accuracy(chosen_rewards: Any, rejected_rewards: Any, subsets: Sequence[str] 
 
 
 def section_means(subsets: Mapping[str, float]) -> dict[str, float]:
-    """RewardBench's sections from the accuracies of subsets; sections without a subset here are left out."""
+    """RewardBench's sections from the accuracies of subsets, without the sections that have none of these subsets."""
     present = {
         section: {name: weight for name, weight in weights.items() if name in subsets}
         for section, weights in SECTIONS.items()
@@ -155,7 +155,7 @@ def score_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chosen and rejected rewards, two fp32 arrays `(P,)`: the model's own logits, evaluated in its own dtype.
 
-    They are widened to fp32 and not computed in it: what a 16-bit model rounds to a tie stays one. The longest pairs
+    The logits are widened to fp32, not computed in it: a tie that a 16-bit model rounds to stays a tie. The longest pairs
     come first, so that a batch too large for the memory fails at once.
 
     Args:
@@ -163,7 +163,7 @@ def score_pairs(
         tokenizer: pads the batches; its pad token must be the model's.
         rows: token ids, as `tokenize_pair` makes them.
         batch_size: pairs per forward pass, which has twice as many sequences.
-        partial: a file in which rewards are kept until all are there (`map_resumable`).
+        partial: a file that keeps the rewards until all are there (`map_resumable`).
     """
     collate = PreferenceCollator(tokenizer)
     order = sorted(range(len(rows)), key=lambda i: -num_tokens(rows[i]))

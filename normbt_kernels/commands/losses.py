@@ -45,7 +45,7 @@ class LinearBTLoss(nn.Module):
 
 
 def make_loss(name: str, options: TrainOptions) -> nn.Module:
-    """The module for one of `LOSS_NAMES`, called as `LinearNormBTLoss` is, on rows as `loss_rows` makes them."""
+    """The module for one of `LOSS_NAMES`. Call it like `LinearNormBTLoss`, on rows that `loss_rows` made."""
     smoothing = 0.0
     if name.endswith("-smoothing"):
         smoothing = DEFAULT_SMOOTHING if options.label_smoothing is None else options.label_smoothing
@@ -61,10 +61,10 @@ def make_loss(name: str, options: TrainOptions) -> nn.Module:
 
 
 def loss_rows(name: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tokenized pairs with the columns that the loss `name` is to see: the margin subtracted, multiplied or unused.
+    """Tokenised pairs with the columns that the loss `name` reads: the margin subtracted, multiplied or unused.
 
     Raises:
-        UserError: the loss is about margins, and the pairs have none, or a negative one that would be a weight.
+        UserError: the loss needs margins and the pairs have none, or a negative margin would become a weight.
     """
     if "-margin" not in name:
         return [{key: value for key, value in row.items() if key != "margin"} for row in rows]

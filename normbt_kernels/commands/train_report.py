@@ -1,4 +1,4 @@
-"""What the losses did: accuracy by group on the terminal, everything in results.json, curves and bars in a PNG."""
+"""The comparison of the losses: accuracy by group on the terminal, everything in results.json, a figure."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Trained:
 def compare(
     trained: dict[str, Trained], rows: Sequence[dict[str, Any]], model: str, dataset: str, args: TrainingArguments
 ) -> dict[str, Any]:
-    """The content of results.json. Terciles are of the distances under the first model, the same pairs for all."""
+    """The content of results.json. The thirds go by the distances under the first model: the same pairs for all."""
     reference = next(iter(trained))
     groups = _groups(rows, trained[reference].distance)
     return {
@@ -117,7 +117,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Distance: ||h_chosen - h_rejected|| in the {LABELS[results['distance_reference']]} model, for every column.",
-        f"One seed ({results['seed']}): another one gives other numbers. Repeat with --seed before you conclude.",
+        f"One seed ({results['seed']}): another seed gives other numbers. Repeat with --seed before you conclude.",
     ]
     return "\n".join(lines)
 

@@ -97,7 +97,7 @@ def load_model(
     name: str, tokenizer: PreTrainedTokenizerBase, dtype: str = "auto", *, new_head: bool = False
 ) -> PreTrainedModel | nn.Module:
     """The checkpoint `name`, a folder or hub id, as a sequence classifier with one label. An adapter is put on its base
-    model with trainable weights. A model with a new head gets embeddings for all tokens of the tokenizer.
+    model with trainable weights. With `new_head`, the embeddings grow to all tokens of the tokenizer.
 
     Args:
         name: of a classifier, of a language model, or of a peft adapter that holds a head.

@@ -7,8 +7,8 @@ Each answer doubles two numbers and has a few style words:
     fine    the same answer with one wrong result                          never mislabelled
     coarse  the same results in another style, the better style preferred  labels drawn from Bradley-Terry
 
-A pair's margin, for the losses that use one, is the difference in rating: 1 for a wrong result, otherwise the difference
-in style.
+A pair's margin, for the losses that use one, is the difference in rating: 1 for a wrong result,
+otherwise the difference in style.
 
 A fine pair differs in one token, so its answers lie close together in the hidden space. A coarse pair differs in many
 tokens, so its answers lie far apart. This is the situation of the paper: plain BT scales each pair's gradient by its

@@ -52,9 +52,9 @@ def load_preferences(
 ) -> list[Preference]:
     """All pairs of a data file or of a split of a hub data set, as `read_rows` reads them.
 
-    The source "stdlib-faults" has the splits "train" and "validation"; any other name means its test split. `parse` reads
-    each row of other sources, with the arguments of `parse_row`, the default. `columns` maps our name of a column to
-    the data's: {"chosen": "response_j"}.
+    The source "stdlib-faults" has the splits "train" and "validation"; any other name means its test split. `parse`
+    reads each row of other sources, with the arguments of `parse_row`, the default. `columns` maps our name of a column
+    to the data's: {"chosen": "response_j"}.
 
     Raises:
         UserError: the source cannot be read, or a row is not a preference pair.

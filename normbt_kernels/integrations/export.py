@@ -1,6 +1,6 @@
-"""A trained reward model as a folder that the `rewardbench` package scores, and any plain transformers loads.
+"""Writes a trained reward model as a folder that the `rewardbench` package and any plain transformers load.
 
-rewardbench 0.1 runs on transformers 4.51. What version 5 saves under new names is lost there, most of it silently:
+rewardbench 0.1 runs on transformers 4.51, which loses what version 5 saves under new names, mostly in silence:
 
     config.json             rope_parameters                  -> rope_theta, rope_scaling, partial_rotary_factor
     tokenizer_config.json   tokenizer_class "Tokenizers..."  -> PreTrainedTokenizerFast
@@ -47,12 +47,12 @@ def export_for_rewardbench(
     """Writes a reward model and its tokenizer so that `rewardbench --model OUTPUT_DIR` loads them.
 
     The folder holds a plain classifier with one label: weights under their usual names and in their dtype, adapters
-    merged, nothing of this package. In this version of transformers it gives the same logits bit for bit (merged
-    adapters: to rounding); in 4.51 those of the same model, which the checkpoint as trained may not.
+    merged, nothing of this package. This version of transformers gives the same logits bit for bit (up to rounding with
+    merged adapters). So does 4.51, where the checkpoint as trained may give others.
 
     Args:
-        model: a checkpoint (folder or hub id) of a classifier or of a peft adapter for one; or such a model itself,
-            whole on this process, with NormBT applied or not. It is not changed.
+        model: a checkpoint (folder or hub id) of a classifier or of a peft adapter for one; or the model itself, whole
+            on this process, with or without NormBT applied. It is not changed.
         tokenizer: the same for the tokenizer. It needs a chat template and a pad token.
         output_dir: a folder that does not exist or is empty. It appears whole or not at all.
 
@@ -95,18 +95,18 @@ def _checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
         raise TypeError(f"tokenizer must be a folder, a hub id or a tokenizer, got {type(tokenizer).__name__}")
     if tokenizer.chat_template is None:
         raise UserError(
-            "the tokenizer has no chat template, by which rewardbench lays out its conversations: set "
+            "the tokenizer has no chat template, and rewardbench needs one to lay out its conversations: set "
             "tokenizer.chat_template to the one that the training texts followed"
         )
     if tokenizer.pad_token is None:
         raise UserError(
-            "the tokenizer has no pad token, by which a classifier finds the last token of each sequence: set "
+            "the tokenizer has no pad token, and a classifier needs one to find the last token of each sequence: set "
             "tokenizer.pad_token to the one that the model was trained with"
         )
     if tokenizer.pad_token == tokenizer.eos_token:
         logger.warning(
-            "the pad token is the end-of-sequence token: a final one is not scored, but the token before it, which is "
-            "not what frameworks train that score the last token of the mask (OpenRLHF, LLaMA-Factory)"
+            "the pad token is the end-of-sequence token, so the model scores the token before a final one; frameworks that "
+            "score the last token of the mask (OpenRLHF, LLaMA-Factory) train the final one"
         )
     return tokenizer
 
