@@ -25,8 +25,8 @@ from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.tokens import num_tokens
 from normbt_kernels.resumable import fingerprint, map_resumable
 
-# The weight of each subset in its section is its number of pairs. The exception is math-prm: it has 447 pairs and counts
-# as much as the six programming languages together.
+# The weight of each subset in its section is its number of pairs. The exception is math-prm, which has 447 pairs and
+# counts as much as the six programming languages together.
 SECTIONS = {
     "Chat": {
         "alpacaeval-easy": 100,
@@ -71,8 +71,8 @@ class Accuracy:
     """Shares of right pairs.
 
     Attributes:
-        num_pairs, num_ties, num_nan: pairs; pairs whose two rewards are equal; pairs with a reward that is NaN. Ties and
-            NaN count as wrong.
+        num_pairs, num_ties, num_nan: pairs; pairs whose two rewards are equal; pairs with a reward that is NaN.
+            Ties and NaN count as wrong.
         all_pairs: share of right pairs among all.
         subsets: number of pairs and share of right ones, by subset; empty if the pairs have no subsets.
         sections: RewardBench's sections that have pairs.
@@ -155,8 +155,8 @@ def score_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chosen and rejected rewards, two fp32 arrays `(P,)`: the model's own logits, evaluated in its own dtype.
 
-    The logits are widened to fp32, not computed in it: a tie that a 16-bit model rounds to stays a tie. The longest pairs
-    come first, so that a batch too large for the memory fails at once.
+    The logits are widened to fp32, not computed in it: a tie that a 16-bit model rounds to stays a tie. The longest
+    pairs come first, so that a batch too large for the memory fails at once.
 
     Args:
         model: a classifier with one label, on the device and in the dtype to use. Put into eval mode.

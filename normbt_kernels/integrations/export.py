@@ -105,8 +105,8 @@ def _checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token == tokenizer.eos_token:
         logger.warning(
-            "the pad token is the end-of-sequence token, so the model scores the token before a final one; frameworks that "
-            "score the last token of the mask (OpenRLHF, LLaMA-Factory) train the final one"
+            "the pad token is the end-of-sequence token, so the model scores the token before a final one; frameworks "
+            "that score the last token of the mask (OpenRLHF, LLaMA-Factory) train the final one"
         )
     return tokenizer
 
