@@ -20,30 +20,22 @@ Each finished run is kept in a folder of its own settings under --runs; started 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-import normbt_kernels
 from bench.harness import Report, print_table
+from bench.quality_runs import Run, digest, train_all
 from normbt_kernels.commands.arguments import LOSS_NAMES, TrainOptions
 from normbt_kernels.commands.train_report import COLORS, LABELS
 from normbt_kernels.data import STDLIB_FAULTS
-from normbt_kernels.files import write_whole
-
-if TYPE_CHECKING:
-    from normbt_kernels.data.built_in import BuiltIn
 
 SETTINGS = ("mixed", "fine-only")
 CONSTANTS = {
@@ -51,7 +43,6 @@ CONSTANTS = {
     "eps": (1e-6, 0.1, 1.0, 10.0),
     "max_weight": (1.0, 2.0, 5.0, 100.0),
 }
-CODE = ("modules.py", "functional.py", "ops/*.py", "commands/losses.py", "integrations/transformers.py")
 DEFAULTS = {name: getattr(TrainOptions(), name) for name in CONSTANTS}
 
 
@@ -66,24 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sensitivity-seeds", type=int, help="0 for no sweep (default: 4, --quick: 0)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: %(default)s, one per core)")
     parser.add_argument("--runs", type=Path, default=Path("quality-runs"), help="finished runs (default: %(default)s)")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run. `constants` are those of NormBT that are not the defaults."""
-
-    dataset: str
-    setting: str
-    loss: str
-    learning_rate: float
-    seed: int
-    steps: int | None
-    constants: tuple[tuple[str, float], ...] = ()
-
-    @property
-    def path(self) -> str:
-        constants = "".join(f"-{name}{value:g}" for name, value in self.constants)
-        return f"{self.setting}-{self.loss}{constants}-lr{self.learning_rate:g}-seed{self.seed}.npz"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -129,7 +102,7 @@ def experiment(
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, str]]:
     """Trains all that is missing; the comparison of the losses in each setting, the rows of the sweep, and when the
     first and the last run were finished."""
-    folder = options.runs / _digest(options.dataset, steps)
+    folder = options.runs / digest(options.dataset, steps)
     folder.mkdir(parents=True, exist_ok=True)
 
     def train(runs: Iterable[Run], what: str) -> None:
@@ -192,93 +165,6 @@ def experiment(
         name: datetime.fromtimestamp(end, timezone.utc).isoformat(timespec="seconds") for name, end in ends.items()
     }
     return settings, sensitivity, finished
-
-
-# --- training ----------------------------------------------------------------------------------------------------
-
-
-def _digest(dataset: str, steps: int | None) -> str:
-    """Names what a run depends on beside its own fields: pairs, model, settings, versions, and the code of the loss."""
-    import torch
-    import transformers
-
-    built_in = built_in_of(dataset)
-    pairs = [built_in.pairs(split, 0) for split in ("train", "validation", "test")]
-    config = built_in.make_model(built_in.make_tokenizer()).config.to_json_string()
-    package = Path(normbt_kernels.__file__).parent
-    code = [path.read_text() for part in CODE for path in sorted(package.glob(part))]
-    facts = (pairs, config, built_in.training_defaults, steps, code, torch.__version__, transformers.__version__)
-    return f"{dataset}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
-
-
-def train_all(runs: Sequence[Run], folder: Path, use_cpu: bool, pool: ProcessPoolExecutor, what: str) -> None:
-    """Has each run's predictions in `folder`, training those that are not there yet."""
-    missing = [run for run in runs if not (folder / run.path).exists()]
-    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=what, unit="run") as bar:
-        for done in as_completed([pool.submit(train_one, run, folder, use_cpu) for run in missing]):
-            done.result()
-            bar.update()
-
-
-def train_one(run: Run, folder: Path, use_cpu: bool) -> None:
-    """Trains, and writes fp32 rewards and distances of the validation and the test pairs, `(P,)` each."""
-    import torch
-    from transformers import PrinterCallback, TrainingArguments, set_seed
-    from transformers.utils import logging
-
-    from normbt_kernels.commands.losses import loss_rows, make_loss
-    from normbt_kernels.commands.train import one_device
-    from normbt_kernels.integrations.transformers import NormBTTrainer
-
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    built_in, tokenizer, rows = load(run.dataset, run.setting, run.seed)
-    constants = dict(run.constants)
-    settings = built_in.training_defaults | {"learning_rate": run.learning_rate, "seed": run.seed}
-    settings |= {"eval_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "report_to": "none"}
-    if run.steps is not None:
-        settings |= {"max_steps": run.steps, "warmup_steps": run.steps // 10}
-    with tempfile.TemporaryDirectory() as scratch:
-        args = one_device(TrainingArguments(scratch, use_cpu=use_cpu, **settings))
-        set_seed(run.seed)
-        trainer = NormBTTrainer(
-            built_in.make_model(tokenizer),
-            args,
-            train_dataset=loss_rows(run.loss, rows["train"]),
-            processing_class=tokenizer,
-            loss=make_loss(run.loss, TrainOptions(**constants)),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        arrays = {}
-        for split in ("validation", "test"):
-            scores = trainer.predict(loss_rows(run.loss, rows[split])).predictions
-            for kind, values in zip(("chosen", "rejected", "distance"), scores, strict=True):
-                arrays[f"{split}_{kind}"] = values
-            arrays[f"{split}_category"] = np.array([row["category"] for row in rows[split]])
-    write_whole(folder / run.path, lambda path: np.savez_compressed(path, **arrays))
-
-
-def built_in_of(dataset: str) -> BuiltIn:
-    from normbt_kernels.data.built_in import find_built_in
-
-    return find_built_in(None if dataset == "embedded" else dataset)
-
-
-@lru_cache(maxsize=2)
-def load(dataset: str, setting: str, seed: int) -> tuple[Any, Any, dict[str, list[dict[str, Any]]]]:
-    """The data set, its tokenizer, and its tokenized pairs by split."""
-    from normbt_kernels.data.tokens import tokenize_pair
-
-    built_in = built_in_of(dataset)
-    tokenizer = built_in.make_tokenizer()
-    rows = {}
-    for split in ("train", "validation", "test"):
-        pairs = built_in.pairs(split, seed)
-        if setting == "fine-only":
-            pairs = [pair for pair in pairs if pair.category.startswith("fine")]
-        rows[split] = [tokenize_pair(pair, tokenizer) for pair in pairs]
-    return built_in, tokenizer, rows
 
 
 # --- comparison --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ class Diagnosis:
         num_left_out: pairs that were too long, or the same tokens on both sides.
         eps, max_weight: of NormBT's weight.
 
-    `print(diagnosis)` shows the table, `to_json()` gives everything in it as text, `plot(path)` draws the figure.
+    `print(diagnosis)` shows the table, `summary()` gives everything in it for JSON, `plot(path)` draws the figure.
     """
 
     difference: np.ndarray
@@ -179,10 +178,6 @@ class Diagnosis:
 
     def _category(self, name: str) -> dict[str, Any]:
         return self._group(np.array([category == name for category in self.categories]), {"name": name})
-
-    def to_json(self) -> str:
-        """`summary()` as text."""
-        return json.dumps(self.summary(), indent=2, allow_nan=False) + "\n"
 
     def __str__(self) -> str:
         return report.table(self.summary())
