@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
-	$(PYTEST) tests
+	$(PYTEST) --dist loadscope tests
 
 static: $(VENV)/.installed-dev
 	$(BIN)/python -m bench static --check

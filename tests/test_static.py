@@ -16,6 +16,8 @@ from bench import static
 from bench.count import counting
 
 TARGET = "sm_90"
+READ_ROWS = {"_pair_loss_kernel", "_measure_distance_kernel", "_sum_head_gradient_kernel"}
+KERNELS = READ_ROWS | {"_finalise_kernel", "_sum_pairs_of_rows_kernel", "_write_gradient_kernel"}
 LIMITED, UNLIMITED = "pair_distance", "linear_normbt_loss, 64 pairs"
 
 
@@ -122,6 +124,17 @@ def test_operator_bytes_are_those_by_hand(name):
 
 
 # What is made of the counts
+
+
+def test_every_kernel_compiles_without_spills_and_reads_rows_16_bytes_at_a_time(measured):
+    """For one target; `make static` holds all of them to the same limits."""
+    kernels = measured.targets[TARGET]
+    assert {name.split(": ")[1] for name in kernels} == KERNELS
+    assert {name: figures["spill_bytes"] for name, figures in kernels.items() if figures["spill_bytes"]} == {}
+    # Rows of an odd number of elements are not aligned to 16 bytes.
+    rows = {n: f["load_bytes"] for n, f in kernels.items() if f["reads_rows"] and not n.startswith("linear, odd H")}
+    assert {name.split(": ")[1] for name in rows} == READ_ROWS
+    assert {name: width for name, width in rows.items() if width != 16} == {}
 
 
 def test_json_is_one_object_of_the_documented_shape():
