@@ -1,8 +1,8 @@
-"""What comes in is checked here, on the host, before anything is computed or changed.
+"""Every input is checked here, on the host, before anything is computed or changed.
 
-Shapes, dtypes, devices and Python numbers always, and without waiting for a device. The *values* of `pairs` and
-`last_token` are checked by the operators, where they lie on the CPU (under `torch.compile` too); on a GPU the kernels
-never follow a row or a token that is out of range, and its pair's distance and loss are NaN.
+Shapes, dtypes, devices and Python numbers are always checked, and without waiting for a device. The operators check the
+*values* of `pairs` and `last_token` if these are on the CPU (under `torch.compile` too). On a GPU the kernels never
+follow a row or a token that is out of range, and its pair's distance and loss are NaN.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def loss_options(
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    # Comparisons in place of math.isfinite, which torch.compile cannot trace for a number that varies.
+    # Comparisons, because torch.compile cannot trace math.isfinite of a number that varies.
     if not abs(center_coef) < math.inf:
         raise ValueError(f"center_coef must be finite, got {center_coef}")
     if not 0 <= eps < math.inf:
@@ -198,7 +198,7 @@ def _rewards(name: str, rewards: Tensor, num_pairs: int, device: torch.device) -
 
 
 def _constant(name: str, value: Tensor | None, num_pairs: int, device: torch.device) -> Tensor | None:
-    """`margin` or `pair_weight`: any real dtype, as data sets have them."""
+    """`margin` or `pair_weight`, of any real dtype, because data sets have all of them."""
     if value is None:
         return None
     if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The functional face of the package: the three public functions, and what they return."""
+"""The three public functions and what they return."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normbt_kernels.ops.pairs import RowPairs
 
 
 class NormBTStats(NamedTuple):
-    """What a batch looked like: detached tensors on its device, fp32 (fp64 for fp64 inputs)."""
+    """Statistics of a batch: detached tensors on its device, fp32 (fp64 for fp64 inputs)."""
 
     chosen_rewards: Tensor  # (P,)
     rejected_rewards: Tensor  # (P,)
@@ -22,7 +22,7 @@ class NormBTStats(NamedTuple):
     weight: Tensor  # (P,) min((mu / (distance + eps))^power, max_weight); without `pair_weight`
     mean_distance: Tensor  # ()
     bt_loss: Tensor  # () mean loss with all weights 1 and no centering: comparable across runs
-    # () share of pairs with d > 0; of a linear head d = v . (h_c - h_r), before the rewards are rounded
+    # () share of pairs with d > 0; for a linear head d is v . (h_c - h_r), before the rewards are rounded
     accuracy: Tensor
 
 
@@ -52,16 +52,16 @@ def normbt_loss(
         chosen_rewards, rejected_rewards: (P,) or (P, 1), floating point. They receive the gradients.
         chosen_hidden, rejected_hidden: (P, H), the inputs of the score head at the pooled token. Any strides.
             They may require grad and receive none from this loss: the weight is a stop-gradient.
-        mu: mean distance of earlier batches, a number or a 0-d tensor; None takes this batch's own mean, for which
-            the rows are read a second time.
+        mu: mean distance of earlier batches, a number or a 0-d tensor. None takes the mean of this batch and reads the
+            rows a second time for it.
         margin: (P,) subtracted from r_c - r_r. A constant: receives no gradient.
         pair_weight: (P,) multiplies each pair's loss (q). A constant: receives no gradient.
         label_smoothing: s in [0, 1); l = -[(1-s) log sigma(z) + s log sigma(-z)].
         center_coef: weight of the centering term, which is never multiplied by w or q.
-        eps: added to the distance, >= 0. On a GPU, a new value of this or of the other numbers below compiles the
-            kernel anew (a second or so, once for each value); mu may change freely.
-        max_weight: cap on w, which identical pairs would otherwise take to (mu / eps)^power; None for no cap.
-        power: how strongly distance weighs, >= 0: 1 is the paper's NormBT, 0 plain Bradley-Terry.
+        eps: added to the distance, >= 0. On a GPU, each new value of this number or of the other numbers here compiles
+            the kernel again (about a second); mu may change freely.
+        max_weight: cap on w; without it identical pairs would get (mu / eps)^power. None for no cap.
+        power: how strongly w depends on the distance, >= 0: 1 is the paper's NormBT, 0 plain Bradley-Terry.
         reduction: "mean" over pairs, "sum" (no division), or "none" (the (P,) vector).
         return_stats: also return `NormBTStats`.
 
@@ -99,7 +99,7 @@ def linear_normbt_loss(
 ) -> Tensor | tuple[Tensor, NormBTStats]:
     """NormBT with the score head fused in: rewards are `hidden . weight + bias`, never rounded to bf16.
 
-    The difference is taken before the product, `weight . (h_c - h_r)` in fp32, which keeps the margins that
+    The rows are subtracted before the product, `weight . (h_c - h_r)` in fp32, which keeps the margins that
     16-bit rewards round away. Each row is read once in forward and written once, as its gradient, in backward.
 
     Args:
@@ -144,7 +144,7 @@ def pair_distance(hidden: Tensor, pairs: str | Tensor = "halves", last_token: Te
 def loss_and_stats(
     rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, return_stats: bool
 ) -> Tensor | tuple[Tensor, NormBTStats]:
-    """What both forms and both modules return, of inputs that were checked."""
+    """What both forms and both modules return for checked inputs."""
     result = pair_loss(rows, scores, mu, options, return_stats)
     return (result.loss, stats_of(result)) if return_stats else result.loss
 
