@@ -6,9 +6,10 @@ So a promise about any classifier can be tried on all of them in seconds: `for a
 """
 
 import torch
-from tiny_classifiers import HIDDEN, PAD, VOCABULARY, make_batch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from tests.tiny_classifiers import HIDDEN, PAD, VOCABULARY, make_batch
 
 BOS, EOS = 2, 1
 
@@ -32,11 +33,6 @@ SIZES = (
     (4, "mm_tokens_per_image xpath_unit_hidden_size max_xpath_tag_unit_embeddings max_xpath_subs_unit_embeddings"),
     (4, "sliding_window local_attention window_size attention_window"),
     (0.3, "initializer_range init_std"),
-    (0.0, "hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout activation_dropout"),
-    (0.0, "resid_pdrop embd_pdrop dropout_rate classifier_dropout summary_first_dropout resid_dropout hidden_dropout"),
-    (0.0, "summary_last_dropout layerdrop encoder_layerdrop decoder_layerdrop embed_dropout"),
-    (0.0, "lsh_attention_probs_dropout_prob local_attention_probs_dropout_prob"),
-    (0, "attn_pdrop"),
     (PAD, "pad_token_id"),
     (BOS, "bos_token_id decoder_start_token_id"),
     (EOS, "eos_token_id"),
@@ -92,6 +88,7 @@ def make_classifier(architecture):
 def small_sizes(config):
     """Keyword arguments that make a configuration like this one small, and those within it (text, vision) too."""
     sizes = {name: value for name, value in SMALL.items() if name in vars(config)}
+    sizes |= {name: type(value)(0) for name, value in vars(config).items() if "drop" in name and value is not None}
     within = {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
     sizes |= {name: type(value)(**small_sizes(value)) for name, value in within.items()}
     return sizes | PECULIAR.get(config.model_type, {})
@@ -104,3 +101,47 @@ def make_pairs(num_pairs=2, side="right"):
     last = (batch["attention_mask"] * torch.arange(batch["input_ids"].shape[1])).argmax(dim=1)
     batch["input_ids"][rows, last] = EOS
     return batch
+
+
+def outcomes(architecture):
+    """What becomes of each shortcut: "exact", in rewards and gradients, or the sentence that refuses it."""
+    from normbt_kernels.integrations.shortcuts import install_shortcuts, remove_shortcuts
+
+    model, batch = make_classifier(architecture), make_pairs(3)
+    plain = rewards_and_gradient(model, batch)
+    found = {}
+    for name in ("late_pooling", "padding_free"):
+        try:
+            install_shortcuts(model, **{name: True})
+            seen = rewards_and_gradient(model, batch)
+        except ValueError as refusal:
+            found[name] = str(refusal)
+        else:
+            found[name] = "exact"
+            for value, expected in zip(seen, plain, strict=True):
+                assert (value - expected).norm() <= 1e-6 * expected.norm(), name
+        if hasattr(model, "normbt_shortcuts"):
+            remove_shortcuts(model)
+    return found
+
+
+def rewards_and_gradient(model, batch):
+    """The rewards of the batch, and the gradient of some function of them with respect to all parameters."""
+    model.zero_grad(set_to_none=False)
+    rewards = model(**batch).logits.squeeze(-1)
+    (rewards * torch.linspace(-1, 1, len(rewards))).sum().backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return rewards.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def table():
+    """Which architectures take which shortcut, as `docs/whole-step.md` has it: `python -m tests.every_classifier`."""
+    rows = {(True, True): [], (True, False): [], (False, True): [], (False, False): []}
+    for architecture in ARCHITECTURES:
+        rows[tuple(outcome == "exact" for outcome in outcomes(architecture).values())].append(architecture)
+    names = ("both", "late pooling", "padding-free", "neither")
+    return "\n".join(f"| {name} | {', '.join(row)} |" for name, row in zip(names, rows.values(), strict=True) if row)
+
+
+if __name__ == "__main__":
+    print(table())

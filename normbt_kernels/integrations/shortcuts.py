@@ -1,0 +1,284 @@
+"""Two shortcuts through a decoder's training step that change no reward and no gradient.
+
+    late pooling   in the last layer only the scored tokens pass o_proj and the MLP      late_pooling.py
+    padding-free   the sequences of a batch side by side, no token of padding            data/packing.py
+
+The model is called as ever and returns one reward for each sequence. The first forward is made both ways, without
+gradients, and compared: a model that is not made for a shortcut is refused in words.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normbt_kernels.data.packing import pack, unpack
+from normbt_kernels.errors import UserError, first_line
+from normbt_kernels.integrations.head import Head, HeadReader, find_head, last_token, mask_of
+from normbt_kernels.integrations.late_pooling import Narrowing, OfEachForward, modules_to_narrow
+
+# Attention that needs no mask over all pairs of tokens of a row; it takes a batch as one long row.
+VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+PACKED = ("input_ids", "position_ids", "last_token", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+MAX_MASK = 2**30  # entries of a mask over all pairs of tokens of each row, one byte each
+
+
+def install_shortcuts(model: nn.Module, *, late_pooling: bool = False, padding_free: bool = False) -> None:
+    """Makes each forward of a decoder classifier cheaper, with the same rewards and gradients.
+
+    `model(input_ids=..., attention_mask=...)` returns logits (N, 1) as before, in training and in evaluation; what its
+    head sees are, with `padding_free`, the scored rows (N, H). `padding_free` also takes what `pack` returns, in place
+    of padded sequences: `model(**pack(...))`; packing padded ones itself makes the host wait for their lengths.
+
+    The first forward is repeated both ways in evaluation mode, without gradients. The random state, the modes of all
+    modules and everything else are afterwards what they were.
+
+    Works on a bare or a peft model, before DDP, `fully_shard` and `torch.compile` (the model stays one graph; what is
+    done before and after it is not compiled), with gradient checkpointing of both kinds, and with `apply_normbt` and
+    `HeadReader`. Hidden states of the last layer, asked for by `output_hidden_states`, are right at the scored tokens.
+
+    Args:
+        model: a classifier whose forward takes `input_ids`, padded on either side.
+        late_pooling: in the last layer only the scored tokens pass the attention's output projection and the MLP.
+        padding_free: no token of padding is computed. Sequences end with the rightmost token that is not the pad token.
+
+    Raises:
+        ValueError: the model has no scalar head, has shortcuts already, or is not built like a decoder. At the first
+            forward: it computes something else by a shortcut, or cannot be called so.
+    """
+    head = find_head(model)
+    if head.owner is None:
+        raise UserError(f"no module of {type(model).__name__} around its head takes input_ids: shortcuts begin there")
+    if hasattr(head.owner, "normbt_shortcuts"):
+        raise UserError(f"this {type(head.owner).__name__} has shortcuts already: call remove_shortcuts(model) first")
+    head.owner.normbt_shortcuts = Shortcuts(head, late_pooling, padding_free)
+
+
+def remove_shortcuts(model: nn.Module) -> None:
+    """Undoes `install_shortcuts`.
+
+    Raises:
+        ValueError: the model has no shortcuts.
+    """
+    owners = [module for module in model.modules() if hasattr(module, "normbt_shortcuts")]
+    if not owners:
+        raise UserError(f"this {type(model).__name__} has no shortcuts")
+    for owner in owners:
+        owner.normbt_shortcuts.remove()
+        del owner.normbt_shortcuts
+
+
+class Shortcuts:
+    """The hooks of one model: what its forward is called with, what its head sees, what comes back."""
+
+    def __init__(self, head: Head, late_pooling: bool, padding_free: bool):
+        owner = head.owner
+        self._head, self._names = head, tuple(inspect.signature(owner.forward).parameters)
+        self._wanted = {"late_pooling": late_pooling, "padding_free": padding_free}
+        self._taken = dict(self._wanted)  # changes only while the first forward is compared
+        self._compared = False
+        self._scored = OfEachForward()  # (N,) the scored tokens of the flattened batch
+        self._packed_shape: torch.Size | None = None  # (R, L), while a packed batch is on its way to the head
+        self._rewards: Tensor | None = None  # of a packed batch, on their way to the logits
+        narrow = modules_to_narrow(owner) if late_pooling else []
+        self._hooks = [
+            *(Narrowing(module, self._rows_of_last_layer) for module in narrow),
+            # Before those who note what the model is called with: they see what it computes.
+            owner.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
+            owner.register_forward_hook(self._after_model, always_call=True),
+        ]
+        if padding_free:
+            self._hooks += [
+                head.module.register_forward_pre_hook(self._before_head, prepend=True),
+                head.module.register_forward_hook(self._after_head),
+            ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    # --- one forward ---
+
+    @torch._disable_dynamo
+    def _before_model(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        if not self._compared:
+            self._compare(inputs)
+        if self._taken["padding_free"]:
+            inputs = self._packed(inputs)
+            self._scored.begin(inputs.pop("last_token"))
+            self._packed_shape = inputs["input_ids"].shape
+        else:
+            if "last_token" in inputs:
+                raise UserError("this batch is packed: it needs install_shortcuts(model, padding_free=True)")
+            self._scored.begin(self._scored_tokens(inputs) if self._taken["late_pooling"] else None)
+        return (), inputs
+
+    def _rows_of_last_layer(self) -> Tensor | None:
+        return self._scored.get() if self._taken["late_pooling"] else None
+
+    def _before_head(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        """(R, L, H) -> (N, H): the layout in which every reader of a head knows the scored rows."""
+        if self._packed_shape is None:
+            return None
+        (hidden,) = args
+        if hidden.shape[:-1] != self._packed_shape:
+            raise UserError(
+                f"the head of {type(self._head.owner).__name__} sees {tuple(hidden.shape)} of packed sequences "
+                f"{tuple(self._packed_shape)}: it pools before its head; set padding_free=False"
+            )
+        return (hidden.flatten(0, 1).index_select(0, self._scored.get()),)
+
+    def _after_head(self, head: nn.Module, args: tuple[Tensor, ...], rewards: Tensor) -> Tensor | None:
+        """What the model goes on with is of the shape that it expects, and is not read."""
+        if self._packed_shape is None:
+            return None
+        self._rewards = rewards
+        return rewards.new_zeros(*self._packed_shape, 1)
+
+    @torch._disable_dynamo
+    def _after_model(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        rewards, self._rewards, self._packed_shape = self._rewards, None, None
+        self._scored.end()
+        if rewards is None or output is None:
+            return None
+        if not isinstance(output, Mapping):
+            return (rewards.to(output[0].dtype), *output[1:])
+        output["logits"] = rewards.to(output["logits"].dtype)
+        return output
+
+    # --- what the model is called with ---
+
+    def _scored_tokens(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The scored token of each padded sequence, (N,), in the flattened batch."""
+        input_ids = self._input_ids(inputs)
+        mask = mask_of(inputs, input_ids)
+        if hasattr(self._head.module, "_inputs") and mask is not None:  # a pooled head goes by the mask
+            token = last_token(mask)
+        else:
+            token = last_token(input_ids != self._pad_token_id())
+        return token + torch.arange(len(token), device=token.device) * input_ids.shape[1]
+
+    def _packed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of a packed batch, from those of a padded or of a packed one."""
+        if inputs.get("labels") is not None:
+            raise UserError("padding_free has the model return rewards and no loss: call it without labels")
+        if "last_token" not in inputs:
+            input_ids = self._input_ids(inputs)
+            inputs |= pack(input_ids, mask_of(inputs, input_ids), self._pad_token_id(), self._in_one_row())
+        rows, length = inputs["input_ids"].shape
+        if not self._in_one_row() and rows * length**2 > MAX_MASK:
+            raise UserError(
+                f"padding_free needs a mask of {rows} x {length} x {length} for the attention of this model: load it "
+                "with attn_implementation='flash_attention_2' (pip install flash-attn) or 'flex_attention', or take "
+                "fewer or shorter sequences"
+            )
+        # A mask hides from transformers that the sequences are packed, and so does a cache, which it makes by default.
+        return inputs | {"attention_mask": None} | ({"use_cache": False} if "use_cache" in self._names else {})
+
+    def _in_one_row(self) -> bool:
+        return getattr(self._head.owner.config, "_attn_implementation", None) in VARIABLE_LENGTH
+
+    def _padded(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a padded batch, from those of a padded or of a packed one."""
+        if "last_token" not in inputs:
+            return dict(inputs)
+        packed = [inputs[name] for name in ("input_ids", "position_ids", "last_token")]
+        others = {name: value for name, value in inputs.items() if name not in PACKED}
+        return others | unpack(*packed, self._pad_token_id())
+
+    def _input_ids(self, inputs: Mapping[str, Any]) -> Tensor:
+        if inputs.get("input_ids") is None:
+            raise UserError(
+                f"{type(self._head.owner).__name__} is called without input_ids (prompt tuning?), which tell where the "
+                f"sequences end: set {' and '.join(f'{name}=False' for name, on in self._wanted.items() if on)}"
+            )
+        return inputs["input_ids"]
+
+    def _pad_token_id(self) -> int:
+        config = self._head.owner.config
+        pad_token_id = (config.get_text_config() if hasattr(config, "get_text_config") else config).pad_token_id
+        if pad_token_id is None:
+            raise UserError(f"{type(self._head.owner).__name__} has no pad token: set model.config.pad_token_id")
+        return pad_token_id
+
+    # --- the first forward, both ways ---
+
+    def _compare(self, inputs: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: with a shortcut the head reads something else, or the model cannot be called.
+        """
+        model, padded = type(self._head.owner).__name__, self._padded(inputs)
+        self._compared = True
+        try:
+            with _unnoticed(self._head.owner):
+                self._taken = dict.fromkeys(self._wanted, False)
+                plain = self._rows_read(padded)
+                for name in (name for name, on in self._wanted.items() if on):
+                    self._taken[name] = True
+                    try:
+                        rows = self._rows_read(self._two_in_a_row(padded) if name == "padding_free" else padded)
+                    except UserError:
+                        raise
+                    except Exception as error:
+                        reason = f"{type(error).__name__}: {first_line(error)}"
+                        raise UserError(f"{model} cannot be called with {name} ({reason}): set {name}=False") from error
+                    off = ((rows - plain).norm(dim=-1) / plain.norm(dim=-1)).max().item()
+                    if not off <= self._rounding:
+                        raise UserError(
+                            f"{model} is not made for {name}: what its head reads of the first batch differs by "
+                            f"{off:.2g} of its norm, and rounding by at most {self._rounding:.2g}: set {name}=False"
+                        )
+        except BaseException:
+            self._compared = False
+            raise
+        finally:
+            self._taken = dict(self._wanted)
+
+    def _two_in_a_row(self, padded: dict[str, Any]) -> dict[str, Any]:
+        """Packed so that sequences share a row, which those of this batch might not."""
+        ids, mask = padded["input_ids"], padded.get("attention_mask")
+        return padded | pack(ids, mask, self._pad_token_id(), self._in_one_row(), row_length=2 * ids.shape[1])
+
+    def _rows_read(self, inputs: Mapping[str, Any]) -> Tensor:
+        """What the head reads of the scored tokens, (N, H), in fp32 or wider."""
+        reader = HeadReader(self._head)
+        precision = self._head.module.register_forward_pre_hook(self._note_rounding)
+        try:
+            reader.expect()
+            output = self._head.owner(**inputs)
+            rows = reader.take(output["logits"] if isinstance(output, Mapping) else output[0])
+        finally:
+            reader.remove()
+            precision.remove()
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+    def _note_rounding(self, head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Half of the digits that the forward computes with."""
+        device, dtype = args[0].device.type, args[0].dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        elif dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            dtype = torch.bfloat16
+        self._rounding = torch.finfo(dtype).eps ** 0.5
+
+
+@contextmanager
+def _unnoticed(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; afterwards the modes and the random state are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
