@@ -217,7 +217,7 @@ class Shortcuts:
         model, padded = type(self._head.owner).__name__, self._padded(inputs)
         self._compared = True
         try:
-            with _unnoticed(self._head.owner):
+            with _unnoticed(self._head):
                 self._taken = dict.fromkeys(self._wanted, False)
                 plain = self._rows_read(padded)
                 for name in (name for name, on in self._wanted.items() if on):
@@ -251,7 +251,7 @@ class Shortcuts:
         reader = HeadReader(self._head)
         precision = self._head.module.register_forward_pre_hook(self._note_rounding)
         try:
-            reader.expect()
+            reader.expect(inputs["input_ids"])
             output = self._head.owner(**inputs)
             rows = reader.take(output["logits"] if isinstance(output, Mapping) else output[0])
         finally:
@@ -270,15 +270,22 @@ class Shortcuts:
 
 
 @contextmanager
-def _unnoticed(model: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout; afterwards the modes and the random state are what they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
+def _unnoticed(head: Head) -> Iterator[None]:
+    """Without gradients, dropout and other readers of the head; afterwards the modes and the random state are what
+    they were, and the readers expect what they expected."""
+    modes = [(module, module.training) for module in head.owner.modules()]
+    hooks = [getattr(hook, "__self__", None) for hook in head.module._forward_pre_hooks.values()]
+    readers = [(reader, reader._expected) for reader in hooks if isinstance(reader, HeadReader)]
+    device = next(head.owner.parameters()).device
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             for module, _ in modes:
                 module.training = False
+            for reader, _ in readers:
+                reader._expected = None
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for reader, expected in readers:
+            reader._expected = expected
