@@ -1,20 +1,20 @@
 """Does NormBT train better reward models? Each loss at its own best learning rate, over seeds, on held-out pairs.
 
-A training run is a small model from scratch on a data set that needs no download, with the real Trainer. A seed draws
-the weights, the data order and (embedded pairs) the training pairs, alike for every loss, so that losses can be
-compared seed by seed. For each loss the learning rate of the best mean accuracy on the validation pairs is taken,
-from the same grid; what is reported is the accuracy of all seeds at that rate on the test pairs. Both kinds of pairs
-are never trained on, and the choice does not see the test pairs.
+A training run takes a small new model and a built-in data set and uses the real Trainer. A seed draws the weights, the
+data order and (generated pairs) the training pairs. It draws the same ones for every loss, so losses can be compared
+seed by seed. Each loss takes the learning rate with the best mean accuracy on the validation pairs, from the same grid.
+The report is the accuracy of all seeds at that rate on the test pairs. No model trains on validation or test pairs, and
+the choice does not see the test pairs.
 
     mixed      fine pairs (one fault) and coarse pairs (much differs): the paper's situation
     fine-only  the control: without coarse pairs there is little for NormBT to mend
 
-Thirds by distance go by a pair's mean rank under all losses' models of the seed: the same pairs for every loss, and no
-loss's own (the pairs that lie close under one loss are also those which that loss has not learned). Intervals are 95%
-by Student's t over seeds; the tests are paired over seeds and two-sided, and not corrected for their number. The
+Thirds by distance go by the mean rank of a pair under all losses' models of the seed, so they are the same pairs for
+every loss. (Thirds by the distances of one loss would collect the pairs that this loss has not learned.) Intervals are
+95% by Student's t over seeds. The tests are paired over seeds, two-sided, and not corrected for their number. The
 sensitivity sweep changes one of NormBT's constants at a time, at NormBT's own learning rate.
 
-Each finished run is kept in a folder of its own settings under --runs; started again, the same command continues.
+Each finished run is kept under --runs in a folder of its own settings; give the same command again to continue.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DEFAULTS = {name: getattr(TrainOptions(), name) for name in CONSTANTS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", choices=("embedded", STDLIB_FAULTS), default="embedded")
+    parser.add_argument("--dataset", choices=("generated", STDLIB_FAULTS), default="generated")
     parser.add_argument("--loss", nargs="+", choices=LOSS_NAMES, default=LOSS_NAMES, help="(default: all)")
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=SETTINGS, help="(default: both)")
     parser.add_argument("--seeds", type=int, help="(default: 8, --quick: 2)")
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     options.loss = list(dict.fromkeys(options.loss))
-    name = "quality" if options.dataset == "embedded" else f"quality-{options.dataset}"
+    name = "quality" if options.dataset == "generated" else f"quality-{options.dataset}"
     report = Report(name, options)
     quick = options.quick
     seeds = range(options.seeds or (2 if quick else 8))

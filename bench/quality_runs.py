@@ -107,7 +107,7 @@ def train_one(run: Run, folder: Path, use_cpu: bool) -> None:
 def built_in_of(dataset: str) -> BuiltIn:
     from normbt_kernels.data.built_in import find_built_in
 
-    return find_built_in(None if dataset == "embedded" else dataset)
+    return find_built_in(None if dataset == "generated" else dataset)
 
 
 @lru_cache(maxsize=2)

@@ -139,10 +139,10 @@ def test_each_variant_is_compared_with_bt_and_with_what_it_is_put_on():
 
 
 def test_runs_of_other_data_or_steps_are_kept_apart(monkeypatch):
-    digest = quality_runs.digest("embedded", None)
-    assert digest != quality_runs.digest("embedded", 10)
-    assert digest == quality_runs.digest("embedded", None)
+    digest = quality_runs.digest("generated", None)
+    assert digest != quality_runs.digest("generated", 10)
+    assert digest == quality_runs.digest("generated", None)
     from normbt_kernels.data import demo
 
     monkeypatch.setitem(demo.TRAINING_DEFAULTS, "warmup_steps", 7)
-    assert digest != quality_runs.digest("embedded", None)
+    assert digest != quality_runs.digest("generated", None)
