@@ -196,7 +196,7 @@ def static_rows() -> list[list[str]]:
 
     def moved(contender: dict[str, Any]) -> str:
         launches = f"{contender['launches_forward']} + {contender['launches_backward']}"
-        return f"{contender['bytes'] / linear['floor_bytes']:.3g} in {launches}"
+        return f"{contender['bytes'] / linear['floor_bytes']:.3g} with {launches}"
 
     in_torch = (f"{name} {moved(shown['contenders'][key])}" for key, name in (("eager", "eager NormBT"), ("bt", "BT")))
     ratios = {name: entry["bytes"] / entry["floor_bytes"] for name, entry in floors.items()}
@@ -207,7 +207,7 @@ def static_rows() -> list[list[str]]:
     kernels = [kernel for of_version in versions.values() for of in of_version.values() for kernel in of.values()]
     return [
         [
-            f"bytes over the fewest possible, in launches forward + backward (linear, {shown['shape']}; counted)",
+            f"bytes over the fewest possible, with launches forward + backward (linear, {shown['shape']}; counted)",
             "; ".join([f"ours {moved(linear)}", *in_torch]),
             command,
         ],

@@ -1,4 +1,4 @@
-"""The scalar head of a reward model: which layer it is, what it reads, and what the model around it was given."""
+"""The scalar head of a reward model: which layer it is, which rows it reads, and with what its model was called."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class Head:
     owner: nn.Module | None
 
     def linear(self) -> nn.Linear:
-        """The head, which is a layer by itself.
+        """The head as a single layer.
 
         Raises:
-            ValueError: it is wrapped in LoRA matrices, or something else than an `nn.Linear` with one output.
+            ValueError: the head is wrapped in LoRA matrices, or is not an `nn.Linear` with one output.
         """
         if hasattr(self.module, "base_layer"):
             raise UserError(
-                f"the scalar head {self.name!r} is adapted by LoRA, so that no single layer reads the hidden states: "
-                "train it in full, with modules_to_save in place of target_modules in LoraConfig"
+                f"the scalar head {self.name!r} is adapted by LoRA, so no single layer reads the hidden states: train "
+                "it in full, with modules_to_save instead of target_modules in LoraConfig"
             )
         if not isinstance(self.module, nn.Linear) or self.module.out_features != 1:
             raise UserError(f"head must be an nn.Linear with one output, got {self.module}")
         return self.module
 
     def warning_if_frozen(self) -> str | None:
-        """What to tell whoever trains the model, None if the head is trained."""
+        """The warning that a frozen head deserves; None if the head is trained."""
         if any(parameter.requires_grad for parameter in self.module.parameters()):
             return None
         return (
@@ -54,13 +54,13 @@ class Head:
 
 
 def find_head(model: nn.Module, module: nn.Module | None = None) -> Head:
-    """The last layer with one output, in registration order: the one that turns a row into a reward. Or `module`.
+    """The layer that turns a row into a reward: `module`, or the last layer with one output in registration order.
 
-    Mixture-of-experts gates have one output too, which is why the last one is taken and not the only one. Of peft's
-    copies of a head the one of the active adapter is taken.
+    Mixture-of-experts gates have one output too, so there may be several such layers. If peft has copies of a head, the
+    copy of the active adapter is the head.
 
     Raises:
-        ValueError: the model has no such layer or has one for several labels; or `module` is no part of it.
+        ValueError: the model has no such layer, or has a head for several labels; or `module` is not part of it.
     """
     called = list(_called_modules(model))
     if module is not None:
@@ -84,8 +84,8 @@ def find_head(model: nn.Module, module: nn.Module | None = None) -> Head:
 def _called_modules(
     module: nn.Module, name: str = "", around: tuple[nn.Module, ...] = ()
 ) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
-    """Each module that a forward may call, with its name and those around it: not what an adapter layer wraps, and of
-    the copies in peft's `modules_to_save` only the one in use."""
+    """Each module that a forward may call, with its name and the modules around it. What an adapter layer wraps is left
+    out, and so are the copies in peft's `modules_to_save` that are not in use."""
     copies = getattr(module, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
         active = [adapter for adapter in module.active_adapters if adapter in copies]
@@ -125,26 +125,26 @@ def each_at(token: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_of(inputs: Mapping[str, Any], hidden: Tensor) -> Tensor | None:
-    """The attention mask `(N, S)` that a model is called with, None if it has none or one of another shape."""
+    """The attention mask `(N, S)` that a model is called with; None if there is none or it has another shape."""
     mask = inputs.get("attention_mask")
     return mask.to(hidden.device) if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2] else None
 
 
 class HeadReader:
-    """Reads the rows that a model's rewards are computed from, in the forward passes between `expect` and `take`.
+    """Reads the rows from which a model's rewards are computed, in the forward passes between `expect` and `take`.
 
         hidden (N, S, H) -> rows (N, H)    decoders: at the token that the model scores, as `ModelInputs` finds it
-        hidden (N, H)    -> as it is       the head sees rows that are pooled already
+        hidden (N, H)    -> unchanged      the head sees rows that are pooled already
 
-    The first time, the model's own rewards are compared with what its head gave for these rows: a model that pools in
-    another way is refused, and would be trained by other distances and rewards than it has once it is saved.
+    The first time, it compares the model's own rewards with those that the head gives for these rows. It refuses a
+    model that pools in another way: training would use other distances and rewards than the saved model has.
 
     The hooks are registered once: torch.compile traces hooks when it first compiles and never looks for new ones.
 
     Args:
         head: as `find_head` finds it.
-        pool: let the head see nothing but the rows. Its rewards stand at their tokens, and NaN at all others, so that
-            no model reads another one unnoticed.
+        pool: give the head only the rows. Their rewards then stand at their tokens and NaN at all others, so a model
+            cannot read another token unnoticed.
     """
 
     def __init__(self, head: Head, pool: bool = False):
@@ -161,16 +161,16 @@ class HeadReader:
         )
 
     def expect(self, input_ids: Tensor) -> None:
-        """The next forward pass, of these tokens `(N, S)`, is the one to read."""
+        """The next forward pass has these tokens `(N, S)` and is the one to read."""
         self._expected = tuple(input_ids.shape)
 
     def take(self, rewards: Tensor) -> Tensor:
-        """The rows `(N, H)` of that forward pass, which gave `rewards`, `(N,)` or `(N, 1)`. Nothing is kept
-        afterwards, so activations live no longer than their step.
+        """The rows `(N, H)` of that forward pass, which gave `rewards`, `(N,)` or `(N, 1)`. Nothing is kept afterwards,
+        so activations live no longer than their step.
 
         Raises:
-            ValueError: the head was not called; there is not one reward for each row; or, the first time, these are
-                not the rewards of these rows.
+            ValueError: the model did not call the head; the number of rewards is not that of the rows; or, the first
+                time, the rewards are not those of the rows.
         """
         rows, scored = self._rows, self._scored
         self._expected = self._tokens = self._rows = self._scored = None
@@ -232,9 +232,9 @@ class HeadReader:
 
 
 class ModelInputs:
-    """Tells a head what its model is being called with: kept before the model's forward, taken once, in the head's.
+    """Tells a head with what its model was called: kept before the model's forward, taken once, in the head's forward.
 
-    A head sees hidden states only, and cannot know by itself which token of a sequence its reward is read at.
+    A head sees only hidden states. It cannot know by itself at which token of a sequence its reward is read.
 
     Args:
         owner: the module that calls the head, as `find_head` finds it.
@@ -252,7 +252,7 @@ class ModelInputs:
             )
 
     def take(self) -> Mapping[str, Any]:
-        """The arguments of the forward in progress, by name, once; none where the owner's forward is not running."""
+        """The arguments of the forward in progress, by name, once; empty if the owner's forward is not running."""
         inputs, self._inputs = self._inputs, None
         return inputs or {}
 

@@ -1,8 +1,9 @@
-"""A scalar head that scores one token of each sequence in place of all, in fp32, inside any decoder classifier.
+"""A scalar head that scores one token of each sequence instead of all tokens, in fp32, inside any decoder classifier.
 
     hidden (N, S, H) -> rows (N, H) at the last real token -> rewards (N, 1) in fp32 -> logits (N, S, 1), expanded
 
-The classifier then picks `logits[i, its last token]` as it always does; every token of a sequence has its reward.
+The classifier then picks `logits[i, its last token]` as it always does. Every token of a sequence has the reward of
+that one token.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from normbt_kernels.integrations.head import ModelInputs, each_at, find_head, la
 def pool_head(model: nn.Module, head: nn.Linear | None = None) -> PooledHead:
     """Makes the scalar head of a decoder classifier a `PooledHead`.
 
-    The module, its parameters, its name and the checkpoint's keys stay; only its class changes. Works on a bare or a
-    peft model, before or after `get_peft_model`, and before `fully_shard`, DDP and `torch.compile` (no graph break).
+    Only the class of the module changes; its parameters, its name and the checkpoint's keys stay. It works on a bare or
+    a peft model, before or after `get_peft_model`, and before `fully_shard`, DDP and `torch.compile` (no graph break).
 
     Args:
         model: a classifier whose forward takes `input_ids`, by name or position.
-        head: the scalar head; without it, the last `Linear` with one output.
+        head: the scalar head. Default: the last `Linear` with one output.
 
     Raises:
-        ValueError: the model has no scalar head, or it is pooled already, is not a plain `nn.Linear` (quantised,
+        ValueError: the model has no scalar head; or the head is pooled already, is not a plain `nn.Linear` (quantised,
             sharded by itself), or is in no module whose forward takes `input_ids`.
     """
     found = find_head(model, head)
@@ -40,31 +41,31 @@ def pool_head(model: nn.Module, head: nn.Linear | None = None) -> PooledHead:
 
 
 class PooledHead(nn.Linear):
-    """A scalar head that `pool_head` has changed: fp32 rewards of the pooled tokens only.
+    """A scalar head that `pool_head` has changed: it gives fp32 rewards of the pooled tokens only.
 
-    The pooled token is the last real one of `attention_mask` (N, S), with padding on either side. So a final <eos> is
-    scored even where the pad token is the same, which transformers' classifiers would skip. Without a mask it is
-    theirs: the rightmost token that is not the pad token.
+    The pooled token is the last real one of `attention_mask` (N, S), with padding on either side. A final <eos> is
+    therefore scored even if it is also the pad token; transformers' classifiers would skip it. Without a mask the head
+    takes their token: the rightmost one that is not the pad token.
 
-    What enters its forward, and all that hooks on it see, are the pooled rows (N, H). The model's logits are the
-    rewards, fp32 (fp64 for fp64 rows) under autocast too. The gradients are those of scoring every token in that
-    precision. The heads of encoders, which see (N, H), keep their rows and gain the fp32 rewards.
+    Its forward, and every hook on it, sees only the pooled rows (N, H). The model's logits are the rewards in fp32
+    (fp64 for fp64 rows), also under autocast. The gradients are those of scoring every token in that precision. The
+    heads of encoders see (N, H) anyway: they keep their rows and gain fp32 rewards.
 
-    Nothing but its own forward reads its weight, so that sharded weights (FSDP2, ZeRO-3) are gathered as for any layer.
+    Only its own forward reads its weight, so sharded weights (FSDP2, ZeRO-3) are gathered as for any other layer.
     """
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rewards (N, 1) of rows (N, H)."""
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        # A product and a sum: autocast would run a matrix product in 16 bits.
+        # A product and a sum, because autocast would run a matrix product in 16 bits.
         rewards = (rows.to(dtype) * self.weight.to(dtype)).sum(dim=-1, keepdim=True)
         return rewards if self.bias is None else rewards + self.bias.to(dtype)
 
     def _attach(self, owner: nn.Module) -> None:
         self._inputs = ModelInputs(owner)
-        # (N, S, 1), for its shape: torch.compile would compile anew for each number S.
+        # (N, S, 1), kept for its shape: with a number S, torch.compile would compile again for each S.
         self._tokens: Tensor | None = None
-        # Pooling before all other hooks of the head, expanding after them.
+        # Pool before all other hooks of the head, and expand after them.
         self.register_forward_pre_hook(PooledHead._pool, prepend=True)
         self.register_forward_hook(PooledHead._expand)
 
