@@ -67,9 +67,13 @@ strictly, by the model's own logits; sections weighted by RewardBench's example 
 
   normbt evaluate normbt-demo/normbt
       A checkpoint of the built-in default on the built-in held-out pairs.
+  normbt evaluate runs/mine/normbt --benchmark rewardbench2 --out rewardbench2.json
+      RewardBench 2, RM-Bench (rm-bench) or JudgeBench (judgebench): table, JSON and a figure. --dataset names a local
+      copy of the benchmark's rows.
   normbt evaluate runs/mine/normbt --dataset allenai/reward-bench --out rewardbench.json
-      A row has the columns prompt, chosen, rejected and subset. Such a row becomes a conversation by the tokenizer's
-      chat template, as in the rewardbench package; a row without subset is read as by normbt train.
+      RewardBench (--benchmark rewardbench is the same), or any pairs. A row has the columns prompt, chosen, rejected
+      and subset. Such a row becomes a conversation by the tokenizer's chat template, as in the rewardbench package; a
+      row without subset is read as by normbt train.
 """
 
 EVALUATE_EPILOG = """\
@@ -143,7 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     evaluate.add_argument("model", metavar="MODEL", help="trained classifier with one label: local folder or hub id")
-    _add_data_options(evaluate, "the built-in held-out pairs", split="filtered")
+    evaluate.add_argument(
+        "--benchmark",
+        choices=("rewardbench", "rewardbench2", "rm-bench", "judgebench"),
+        help="judge by this benchmark, downloaded from the hub unless --dataset names a local copy of its rows",
+    )
+    _add_data_options(evaluate, "the built-in held-out pairs", split=None)
     evaluate.add_argument(
         "--max-length",
         type=_positive,
@@ -206,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data_options(parser: argparse.ArgumentParser, default: str, split: str) -> None:
+def _add_data_options(parser: argparse.ArgumentParser, default: str, split: str | None) -> None:
     parser.add_argument(
         "--dataset",
         metavar="PATH|ID",
@@ -215,7 +224,10 @@ def _add_data_options(parser: argparse.ArgumentParser, default: str, split: str)
     )
     parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a hub dataset that has several")
     parser.add_argument(
-        "--dataset-split", default=split, metavar="NAME", help="split of a hub dataset (default: %(default)s)"
+        "--dataset-split",
+        default=split,
+        metavar="NAME",
+        help=f"split of a hub dataset (default: {split or 'that of the benchmark'})",
     )
 
 
@@ -299,9 +311,13 @@ def _free_folder(first: Path) -> Path:
 
 def _evaluate(arguments: argparse.Namespace, others: list[str]) -> int:
     _check_extra()
-    from normbt_kernels.commands import evaluate
+    from normbt_kernels.commands import benchmark, evaluate
 
-    evaluate.run(**_checked_options(arguments))
+    options = _checked_options(arguments)
+    if options["benchmark"] in benchmark.BENCHMARKS:
+        benchmark.run(**options)
+    else:
+        evaluate.run(**options)
     return 0
 
 

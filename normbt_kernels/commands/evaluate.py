@@ -24,12 +24,15 @@ from normbt_kernels.evaluation import SECTION_OF, SECTIONS, Accuracy, accuracy, 
 from normbt_kernels.files import write_json
 from normbt_kernels.resumable import partial_path
 
+HUB_ID, HUB_SPLIT = "allenai/reward-bench", "filtered"
+
 
 def run(
     model: str,
+    benchmark: str | None,
     dataset: str | None,
     dataset_config: str | None,
-    dataset_split: str,
+    dataset_split: str | None,
     batch_size: int,
     max_length: int | None,
     truncate: bool,
@@ -43,6 +46,7 @@ def run(
         UserError: the model or the data cannot be read, or do not fit together.
     """
     tokenizer = load_scoring_tokenizer(model)
+    dataset, dataset_split = dataset or (benchmark and HUB_ID), dataset_split or HUB_SPLIT
     if dataset is None:
         pairs, dataset = demo_pairs(tokenizer), "built-in generated pairs"
     else:

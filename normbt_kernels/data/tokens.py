@@ -47,27 +47,35 @@ def tokenize_pair(pair: Preference, tokenizer: PreTrainedTokenizerBase) -> dict[
         UserError: the pair is a conversation and the tokenizer has no chat template, or the template refuses it; or a
             side has no tokens.
     """
-    ids = {f"{side}_ids": _token_ids(getattr(pair, side), pair, tokenizer) for side in ("chosen", "rejected")}
+    ids = {
+        f"{side}_ids": token_ids(getattr(pair, side), tokenizer, pair.where, pair.template)
+        for side in ("chosen", "rejected")
+    }
     for name in SIDES:
         if not len(ids[name]):
             raise UserError(f"{pair.where}: {name.removesuffix('_ids')!r} has no tokens")
     return ids | {name: getattr(pair, name) for name in OPTIONAL_COLUMNS if getattr(pair, name) is not None}
 
 
-def _token_ids(text: Text, pair: Preference, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def token_ids(
+    text: Text, tokenizer: PreTrainedTokenizerBase, where: str, template: Mapping[str, Any] | None = None
+) -> np.ndarray:
+    """The int32 ids of one text or conversation; `template` holds arguments of the chat template.
+
+    Raises:
+        UserError: as `tokenize_pair`, naming `where`.
+    """
     if isinstance(text, str):
         ids = tokenizer(text)["input_ids"]
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
         return np.asarray(ids, dtype=np.int32)
     if tokenizer.chat_template is None:
-        raise UserError(
-            f"{pair.where}: is a conversation, but the tokenizer has no chat template; give plain text instead"
-        )
+        raise UserError(f"{where}: is a conversation, but the tokenizer has no chat template; give plain text instead")
     try:
-        laid_out = tokenizer.apply_chat_template(text, tokenize=False, **pair.template)
+        laid_out = tokenizer.apply_chat_template(text, tokenize=False, **(template or {}))
     except Exception as error:  # a template is a program of the model's authors: it may raise anything
-        raise UserError(f"{pair.where}: the chat template refuses it ({first_line(error)})") from error
+        raise UserError(f"{where}: the chat template refuses it ({first_line(error)})") from error
     return np.asarray(tokenizer(laid_out, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
 

@@ -14,16 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from normbt_kernels.data.collator import PreferenceCollator
-from normbt_kernels.data.tokens import num_tokens
-from normbt_kernels.resumable import fingerprint, map_resumable
 
 # The weight of each subset in its section is its number of pairs. The exception is math-prm, which has 447 pairs and
 # counts as much as the six programming languages together.
@@ -61,9 +54,6 @@ SECTIONS = {
     },
 }
 SECTION_OF = {subset: section for section, weights in SECTIONS.items() for subset in weights}
-
-
-# --- counting ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,43 +131,3 @@ def section_means(subsets: Mapping[str, float]) -> dict[str, float]:
         for section, weights in present.items()
         if weights
     }
-
-
-# --- rewards -----------------------------------------------------------------------------------------------------
-
-
-def score_pairs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
-    batch_size: int = 16,
-    partial: Path | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Chosen and rejected rewards, two fp32 arrays `(P,)`: the model's own logits, evaluated in its own dtype.
-
-    The logits are widened to fp32, not computed in it: a tie that a 16-bit model rounds to stays a tie. The longest
-    pairs come first, so that a batch too large for the memory fails at once.
-
-    Args:
-        model: a classifier with one label, on the device and in the dtype to use. Put into eval mode.
-        tokenizer: pads the batches; its pad token must be the model's.
-        rows: token ids, as `tokenize_pair` makes them.
-        batch_size: pairs per forward pass, which has twice as many sequences.
-        partial: a file that keeps the rewards until all are there (`map_resumable`).
-    """
-    collate = PreferenceCollator(tokenizer)
-    order = sorted(range(len(rows)), key=lambda i: -num_tokens(rows[i]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-    @torch.inference_mode()
-    def score(batch: Sequence[int]) -> list[float]:
-        inputs = collate([rows[i] for i in batch])
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        return model(**inputs).logits.float().squeeze(-1).tolist()
-
-    model.eval()
-    name = None if partial is None else fingerprint(model, rows, batch_size)
-    rewards = np.empty((2, len(rows)), dtype=np.float32)
-    for batch, scored in zip(batches, map_resumable(score, batches, partial, name, "scoring"), strict=True):
-        rewards[:, batch] = np.reshape(scored, (2, len(batch)))
-    return rewards[0], rewards[1]
