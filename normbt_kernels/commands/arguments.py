@@ -84,6 +84,13 @@ class TrainOptions:
         "cut long sequences at --max-length, where the tokenizer cuts, in place of leaving them out"
     )
     keep_identical: bool = _switch("train on pairs with the same tokens on both sides too; else left out, and counted")
+    late_pooling: bool = _switch(
+        "in the last layer compute the token that is scored and no other: the same rewards and gradients in less time "
+        "(decoders; a model that it does not fit is refused at the first batch)"
+    )
+    padding_free: bool = _switch(
+        "compute no token of padding: the sequences of a batch stand side by side (likewise, and decoders only)"
+    )
     dtype: str = _option(
         "float32",
         "dtype of the weights; float32 with --bf16 is mixed precision",

@@ -184,6 +184,8 @@ def _train(
         eval_dataset=eval_rows,
         processing_class=job.tokenizer,
         loss=make_loss(name, options),
+        late_pooling=options.late_pooling,
+        padding_free=options.padding_free,
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from normbt_kernels.data.packing import pack
 from normbt_kernels.data.tokens import CONSTANTS, check_ids
 
 
@@ -23,10 +24,11 @@ class PreferenceCollator:
     Args:
         tokenizer: gives the pad token and the side.
         pad_to_multiple_of: rounds the sequence length up, for tensor cores or to limit recompiles.
+        packing: "rows" or "one row" make the batch a packed one, for a model with `padding_free` shortcuts; see `pack`.
 
     Call it on rows `{"chosen_ids": [int], "rejected_ids": [int]}`, all with a float `"margin"` or none, all with a
-    float `"pair_weight"` or none; returns int64 `input_ids` and `attention_mask` `(2B, S)`, and fp32 `margin` and
-    `pair_weight` `(B,)` if the rows have them.
+    float `"pair_weight"` or none; returns int64 `input_ids` and `attention_mask` `(2B, S)`, or what `pack` makes of
+    them, and fp32 `margin` and `pair_weight` `(B,)` if the rows have them.
 
     Raises:
         ValueError: the tokenizer has no pad token; or the rows have no token ids, an empty side, or a number that only
@@ -35,6 +37,7 @@ class PreferenceCollator:
 
     tokenizer: PreTrainedTokenizerBase
     pad_to_multiple_of: int | None = None
+    packing: Literal["rows", "one row"] | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer.pad_token_id is None:
@@ -61,6 +64,9 @@ class PreferenceCollator:
             input_ids[i, start : start + len(sequence)] = sequence
             attention_mask[i, start : start + len(sequence)] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.packing is not None:
+            one_row = self.packing == "one row"
+            batch = pack(**batch, pad_token_id=self.tokenizer.pad_token_id, one_row=one_row, row_length=length)
         for name in constants:
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         return batch

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,11 @@ def remove_shortcuts(model: nn.Module) -> None:
     for owner in owners:
         owner.normbt_shortcuts.remove()
         del owner.normbt_shortcuts
+
+
+def packing_for(model: nn.Module) -> Literal["rows", "one row"]:
+    """The `packing` of a `PreferenceCollator` that suits the model's attention."""
+    return "one row" if getattr(model.config, "_attn_implementation", None) in VARIABLE_LENGTH else "rows"
 
 
 class Shortcuts:
@@ -182,7 +187,7 @@ class Shortcuts:
         return inputs | {"attention_mask": None} | ({"use_cache": False} if "use_cache" in self._names else {})
 
     def _in_one_row(self) -> bool:
-        return getattr(self._head.owner.config, "_attn_implementation", None) in VARIABLE_LENGTH
+        return packing_for(self._head.owner) == "one row"
 
     def _padded(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of a padded batch, from those of a padded or of a packed one."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
 from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger
 from normbt_kernels.integrations.pooled_head import PooledHead
+from normbt_kernels.integrations.shortcuts import install_shortcuts, packing_for
 from normbt_kernels.integrations.trainer_data import PairsInTrainer
 from normbt_kernels.modules import DistanceEMA, LinearNormBTLoss, NormBTLoss
 
@@ -103,6 +105,7 @@ class NormBTTrainer(LossInCheckpoints, PairsInTrainer, Trainer):
             log; the tokenizer's `model_max_length` if None. So are all pairs longer than the model has positions for.
         keep_identical: whether pairs with the same tokens on both sides are trained on: otherwise they are left out,
             and counted in the log.
+        late_pooling, padding_free: as in `install_shortcuts`, with batches that the collator packs.
         compute_metrics: receives the predictions `(chosen_rewards, rejected_rewards, distance)`, each `(P,)`.
         **kwargs: everything else that `Trainer` takes.
 
@@ -128,6 +131,8 @@ class NormBTTrainer(LossInCheckpoints, PairsInTrainer, Trainer):
         loss: nn.Module | None = None,
         max_length: int | None = None,
         keep_identical: bool = False,
+        late_pooling: bool = False,
+        padding_free: bool = False,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = pair_accuracy,
         **kwargs: Any,
     ):
@@ -180,6 +185,10 @@ class NormBTTrainer(LossInCheckpoints, PairsInTrainer, Trainer):
         if in_fp32:
             head.module.__class__ = PooledHead
         self.head, self.head_reader = head.module, HeadReader(head, pool=in_fp32)
+        if late_pooling or padding_free:
+            install_shortcuts(model, late_pooling=late_pooling, padding_free=padding_free)
+        if padding_free and isinstance(data_collator, PreferenceCollator):
+            self.data_collator = replace(data_collator, packing=packing_for(model))
         self._totals = TrainTotals(self.args.device)
         self._finite_loss = torch.zeros((), device=self.args.device)
 
@@ -216,7 +225,7 @@ class NormBTTrainer(LossInCheckpoints, PairsInTrainer, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _loss_outputs_stats(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any, NormBTStats]:
-        num_rows = len(inputs["attention_mask"])
+        num_rows = len(inputs["last_token"] if "last_token" in inputs else inputs["input_ids"])
         if num_rows % 2:
             raise ValueError(f"a batch holds all chosen sequences, then as many rejected: got {num_rows} sequences")
         constants = {name: inputs[name] for name in CONSTANTS if name in inputs}

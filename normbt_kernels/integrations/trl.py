@@ -22,6 +22,7 @@ from trl import RewardTrainer
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
 from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger
+from normbt_kernels.integrations.shortcuts import install_shortcuts
 from normbt_kernels.modules import NormBTLoss
 
 logger = logging.get_logger(__name__)
@@ -55,6 +56,7 @@ class NormBTRewardMixin(LossInCheckpoints):
     Args:
         *args, **kwargs: as the trainer takes them.
         beta, eps, max_weight, process_group: as in `NormBTLoss`.
+        late_pooling, padding_free: as in `install_shortcuts`, which packs each batch that TRL has padded.
 
     Raises:
         ValueError: the model has no scalar head, or Liger would replace its forward. At a batch: it does not hold as
@@ -76,6 +78,8 @@ class NormBTRewardMixin(LossInCheckpoints):
         eps: float = 1e-6,
         max_weight: float | None = 100.0,
         process_group: dist.ProcessGroup | str | None = "default",
+        late_pooling: bool = False,
+        padding_free: bool = False,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -84,6 +88,8 @@ class NormBTRewardMixin(LossInCheckpoints):
         if head.warning_if_frozen():
             logger.warning(head.warning_if_frozen())
         self.head_reader = HeadReader(head)
+        if late_pooling or padding_free:
+            install_shortcuts(self.model, late_pooling=late_pooling, padding_free=padding_free)
         self.pair_loss = NormBTLoss(
             beta,
             eps,
