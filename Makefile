@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The tests' workers are processes: one thread each keeps them from fighting for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test static lint docs package clean
+.PHONY: demo test test-fast static lint docs package clean
 
 demo: $(VENV)/.installed
 	$(BIN)/normbt train
@@ -16,6 +16,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 	$(PYTEST) --dist loadscope tests
+
+# Between two edits: without the kernels' interpreter, and without what starts processes, compiles or trains for seconds.
+test-fast: $(VENV)/.installed-dev
+	$(PYTEST) --dist loadscope -m "not slow" tests
 
 static: $(VENV)/.installed-dev
 	$(BIN)/python -m bench static --check

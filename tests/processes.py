@@ -47,7 +47,7 @@ class Command:
         """None while it runs; minus the number of the signal that ended it."""
         return self._process.exitcode
 
-    def wait(self, seconds=240):
+    def wait(self, seconds=300):
         """Its exit code once it has ended by itself, which it must within `seconds`."""
         self._process.join(seconds)
         if self.exit_code is None:
@@ -55,7 +55,7 @@ class Command:
             raise TimeoutError(f"it ran for more than {seconds} s\n{self.output}\n{self.errors}")
         return self.exit_code
 
-    def wait_until(self, condition, seconds=240):
+    def wait_until(self, condition, seconds=300):
         """Returns once `condition()` holds, which must be before the command ends and within `seconds`."""
         deadline = time.monotonic() + seconds
         while not condition():

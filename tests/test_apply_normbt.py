@@ -303,6 +303,7 @@ def test_gradient_checkpointing_of_the_layers(reentrant):
     assert mu_of(model) == mu_of(plain)
 
 
+@pytest.mark.slow
 def test_torch_compile_gives_the_gradients_of_eager_mode():
     torch._dynamo.reset()
     plain, model = make_model(num_hidden_layers=1), make_model(num_hidden_layers=1)
@@ -641,6 +642,7 @@ def rank_main(rank, port, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_equal_one_process_on_the_joined_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -57,6 +57,7 @@ def check_environment(result: dict, name: str) -> None:
     assert len(environment["load_average_start"]) == len(environment["load_average_end"]) == 3
 
 
+@pytest.mark.slow
 def test_speed_times_every_contender_by_the_same_work(results):
     result = results("speed")
     check_environment(result, "speed")
@@ -75,6 +76,7 @@ def test_speed_times_every_contender_by_the_same_work(results):
     assert rows["bt-compiled"]["loss"] == pytest.approx(rows["bt-eager"]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_counts_the_gradients_that_everybody_allocates(results):
     result = results("memory")
     check_environment(result, "memory")
@@ -86,6 +88,7 @@ def test_memory_counts_the_gradients_that_everybody_allocates(results):
         assert row["peak_above_inputs_bytes"] >= row["gradient_bytes"]
 
 
+@pytest.mark.slow
 def test_scaling_fits_every_sweep(results):
     result = results("scaling")
     check_environment(result, "scaling")
@@ -94,6 +97,7 @@ def test_scaling_fits_every_sweep(results):
     assert min(figures_of([row["wall"] for row in result["rows"]])) > 0
 
 
+@pytest.mark.slow
 def test_train_step_compares_every_loss_with_plain_bt(results):
     pytest.importorskip("transformers")
     result = results("train-step")
@@ -228,6 +232,7 @@ def test_all_goes_on_past_a_failure_and_names_it(monkeypatch, tmp_path, capsys):
 # Tuning
 
 
+@pytest.mark.slow
 def test_tune_times_each_shape_and_proposes_constants(tmp_path):
     command = [sys.executable, "-m", "bench", "tune", "--device", "cpu", "-P", "5", "-H", "16", "--dtype", "fp32"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -259,6 +264,7 @@ def test_tune_proposes_what_is_fastest_over_all_sizes():
         assert times[str(case)][shape] == 1.0
 
 
+@pytest.mark.slow
 def test_tune_refuses_a_device_without_kernels():
     command = Command("bench", "tune", "--device", "cpu")
     assert command.wait() == 1

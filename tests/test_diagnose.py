@@ -327,6 +327,7 @@ def built_in(tmp_path_factory):
     return folder, process, json.loads((folder / "normbt-diagnosis.json").read_text())
 
 
+@pytest.mark.slow
 def test_on_the_built_in_model_the_heads_slope_is_1_under_bt_and_0_under_normbt(built_in):
     _, process, report = built_in
     head, backbone = report["slopes"]["head"], report["slopes"]["backbone"]
@@ -344,6 +345,7 @@ def test_on_the_built_in_model_the_heads_slope_is_1_under_bt_and_0_under_normbt(
             assert f"{slope['slope']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]" in process.output
 
 
+@pytest.mark.slow
 def test_the_built_in_diagnosis_is_whole_in_table_json_and_figure(built_in):
     folder, process, report = built_in
     assert sorted(path.name for path in folder.iterdir()) == ["normbt-diagnosis.json", "normbt-diagnosis.png"]
@@ -448,6 +450,7 @@ def test_a_causal_lm_is_diagnosed_with_a_new_head(tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+@pytest.mark.slow
 def test_a_killed_run_is_continued(tmp_path, checkpoint, monkeypatch):
     arguments = ("--model", checkpoint, "--dataset", write_pairs(tmp_path / "pairs.jsonl", 150), "--num-gradients", 150)
     partial = tmp_path / ".out.json.partial.gradients"

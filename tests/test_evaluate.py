@@ -136,6 +136,7 @@ def test_lengths_must_agree(arguments):
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rewardbench_rows_are_scored_as_conversations_by_the_models_own_logits(tmp_path, checkpoint):
     rows = make_rows(60, ("hep-python", "math-prm", "llmbar-natural", "mine"))
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
@@ -262,6 +263,7 @@ def test_a_checkpoint_of_the_built_in_default_needs_no_data(tmp_path, demo_check
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_half_written_and_is_continued(tmp_path, demo_checkpoint, monkeypatch):
     pairs = demo.demo_pairs(600, seed="any")
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": p.chosen, "rejected": p.rejected} for p in pairs])
@@ -402,6 +404,7 @@ def test_numbers_that_make_no_sense_are_refused(checkpoint, capsys, option, valu
     assert f"argument {option}: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_help_names_every_option_and_imports_no_transformers(tmp_path):
     script = (
         "import sys; from normbt_kernels.commands.cli import main\n"

@@ -16,6 +16,8 @@ import torch
 from bench import goals
 from bench.gpu_check import Run, Stage, checks, measurements
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PRINTS = "print('a line of the log')"
 

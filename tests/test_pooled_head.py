@@ -202,6 +202,7 @@ def test_apply_normbt_on_a_pooled_head_weighs_the_pooled_rows(first):
     torch.testing.assert_close(model.score.normbt.mu, ema.mu)
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     torch._dynamo.reset()
     plain, model = make_model(num_hidden_layers=1), make_model(num_hidden_layers=1)

@@ -16,6 +16,8 @@ from bench import quality, quality_runs
 from bench.__main__ import main
 from tests.processes import FORKED, Command
 
+pytestmark = pytest.mark.slow
+
 COMMAND = ["quality", "--steps", "3", "--seeds", "2", "--grid-seeds", "1", "--sensitivity-seeds", "0"]
 COMMAND += ["--setting", "mixed", "--loss", "bt", "normbt", "--learning-rate", "1e-3", "2e-3", "--processes", "1"]
 

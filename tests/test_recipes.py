@@ -34,6 +34,8 @@ from normbt_kernels.integrations.head import last_token
 from tests.tiny_classifiers import HIDDEN, PAD, VOCABULARY, make_batch, make_model
 from tests.tiny_pairs import EOS
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' <eos>' }}{% endfor %}"

@@ -25,6 +25,8 @@ from normbt_kernels.commands.cli import main
 from normbt_kernels.evaluation import SECTIONS
 from tests.tiny_classifiers import make_model
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reproduce.md"
 MODELS = ("google/gemma-2b-it", "meta-llama/Llama-3.2-3B-Instruct")
 DATA = {"unified": "unified-feedback-80k.jsonl", "skywork": "skywork-80k.jsonl"}

@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 from bench import static
 from bench.count import counting
 
+pytestmark = pytest.mark.slow
+
 TARGET = "sm_90"
 READ_ROWS = {"_pair_loss_kernel", "_measure_distance_kernel", "_sum_head_gradient_kernel"}
 KERNELS = READ_ROWS | {"_finalise_kernel", "_sum_pairs_of_rows_kernel", "_write_gradient_kernel"}

@@ -102,6 +102,7 @@ print(hashlib.sha256(repr(facts).encode()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_pairs_are_the_same_each_time_and_only_training_pairs_go_by_the_seed(pairs, capsys):
     exec(PRINT_DIGEST, {})
     here = capsys.readouterr().out
@@ -137,6 +138,7 @@ def test_a_users_model_is_judged_on_modules_it_was_not_trained_on(pairs, tmp_pat
     assert load_preferences("stdlib-faults", None, "filtered") == pairs["test"]
 
 
+@pytest.mark.slow
 def test_train_needs_no_model_for_it(tmp_path):
     arguments = ["train", "--dataset", "stdlib-faults", "--output-dir", "out", "--max-steps", "2", "--loss", "normbt"]
     command = Command("normbt_kernels", *arguments, "--eval-strategy", "no", cwd=tmp_path)
@@ -147,6 +149,7 @@ def test_train_needs_no_model_for_it(tmp_path):
     assert names == {f"fine: {kind}" for kind in KINDS} | {"coarse: unrelated function"}
 
 
+@pytest.mark.slow
 def test_diagnose_and_evaluate_take_it_by_name(tmp_path, monkeypatch, capsys):
     from normbt_kernels.commands import cli
     from normbt_kernels.commands import diagnose as command

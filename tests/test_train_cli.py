@@ -77,9 +77,10 @@ def chat_rows(num_rows):
 # --- the built-in default ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_without_arguments_compares_bt_and_normbt(tmp_path):
     (tmp_path / "normbt-demo").mkdir()  # an earlier run, which must be left alone
-    command = normbt("train", "--max-steps", 20, "--eval-steps", 10, cwd=tmp_path)
+    command = normbt("train", "--max-steps", 10, "--eval-steps", 10, cwd=tmp_path)
     output = tmp_path / "normbt-demo-2"
     assert not list((tmp_path / "normbt-demo").iterdir())
     assert sorted(path.name for path in output.iterdir()) == ["bt", "normbt", "results.json", "results.png"]
@@ -97,7 +98,7 @@ def test_train_without_arguments_compares_bt_and_normbt(tmp_path):
         for accuracy in group["accuracy"].values():
             assert f"{accuracy:.3f}" in command.output
     assert "One seed (42)" in command.output
-    assert "20/20" in command.errors  # Trainer's progress bar
+    assert "10/10" in command.errors  # Trainer's progress bar
 
     for loss in ("bt", "normbt"):
         model = AutoModelForSequenceClassification.from_pretrained(output / loss)
@@ -135,6 +136,7 @@ def wrong_results(words):
 # --- the user's model and data -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_causal_lm_and_conversations_become_a_reward_model(tmp_path, causal_lm):
     data = write_jsonl(tmp_path / "pairs.jsonl", chat_rows(24))
     common = ("train", "--model", causal_lm, "--dataset", data, "--eval-fraction", 0.25, "--max-steps", 4)
@@ -169,6 +171,7 @@ def test_causal_lm_and_conversations_become_a_reward_model(tmp_path, causal_lm):
         assert torch.equal(seen, expected)
 
 
+@pytest.mark.slow
 def test_reward_model_trains_on_from_parquet(tmp_path, causal_lm, capsys):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -340,6 +343,7 @@ def test_model_and_dataset_go_together(capsys):
     assert "--model and --dataset go together" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_mistake_shows_no_traceback(tmp_path):
     command = normbt(
         "train", "--model", "m", "--dataset", "missing.jsonl", "--output-dir", "o", cwd=tmp_path, check=False
@@ -349,6 +353,7 @@ def test_a_mistake_shows_no_traceback(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.slow
 def test_a_resumed_comparison_does_not_train_a_finished_loss_again(tmp_path, causal_lm, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = write_jsonl(tmp_path / "pairs.jsonl", text_rows(24))
@@ -378,6 +383,7 @@ def test_several_processes_need_a_folder(monkeypatch, capsys):
     assert "--output-dir is required where several processes train" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_run_leaves_no_results(tmp_path):
     command = Command("normbt_kernels", "train", "--output-dir", "out", cwd=tmp_path)
     command.wait_until(lambda: "/800" in command.errors)  # the bar of the first model
@@ -412,6 +418,7 @@ def test_numbers_that_are_not_finite_are_null_in_results(tmp_path, monkeypatch):
 # --- help and info -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_help_names_every_option_and_imports_no_transformers(tmp_path):
     script = (
         "import sys; from normbt_kernels.commands.cli import main\n"
@@ -425,6 +432,7 @@ def test_help_names_every_option_and_imports_no_transformers(tmp_path):
         assert option in process.stdout
 
 
+@pytest.mark.slow
 def test_missing_transformers_names_the_extra(tmp_path):
     script = (
         "import sys; sys.modules['transformers'] = None\n"
@@ -435,6 +443,7 @@ def test_missing_transformers_names_the_extra(tmp_path):
     assert "pip install 'normbt-kernels[train]'" in process.stderr
 
 
+@pytest.mark.slow
 def test_info_checks_the_loss_in_ten_seconds(tmp_path):
     before = os.times()
     process = subprocess.run(

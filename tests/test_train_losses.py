@@ -79,6 +79,7 @@ def test_margins_that_are_missing_or_negative_are_refused(rows):
         loss_rows("bt-margin-out", negative)
 
 
+@pytest.mark.slow
 def test_any_list_of_losses_is_one_comparison(tmp_path):
     losses = ["bt", "bt-margin-out", "normbt-margin", "normbt-smoothing"]
     arguments = ["train", "--max-steps", "2", "--eval-strategy", "no", "--output-dir", "out", "--loss", *losses]

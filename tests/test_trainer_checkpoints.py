@@ -78,6 +78,7 @@ def test_resumed_run_with_lora_equals_the_uninterrupted_one_bitwise(tmp_path, bf
     assert_same_run(resumed, uninterrupted)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save_the_previous_checkpoint_resumes(whole, tmp_path):
     command = Command("tests.slow_saver", tmp_path)
     command.wait_until((tmp_path / "checkpoint-6" / "saving").exists)

@@ -644,6 +644,7 @@ def train_on_two_ranks(output_dir):
         torch.save((histories, results), output_dir / "two_ranks.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_log_as_trl_does_and_train_as_one_on_the_joined_batch(tokenizer, tmp_path):
     run_ranks(2, "tests.test_trl", tmp_path, CI=1)
     (theirs, ours), results = torch.load(tmp_path / "two_ranks.pt", weights_only=True)

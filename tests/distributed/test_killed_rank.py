@@ -2,7 +2,11 @@
 
 import signal
 
+import pytest
+
 from tests.processes import started_ranks
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_other_rank_ends_with_an_error(tmp_path):

@@ -15,6 +15,8 @@ from tests.processes import run_ranks
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
 def results(request, tmp_path_factory):

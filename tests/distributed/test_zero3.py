@@ -10,6 +10,8 @@ import torch
 
 from tests.processes import run_ranks
 
+pytestmark = pytest.mark.slow
+
 if find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 

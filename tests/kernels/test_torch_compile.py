@@ -11,6 +11,8 @@ from normbt_kernels.ops.autograd import Arguments
 from normbt_kernels.ops.ema import EMA
 from normbt_kernels.ops.pair_loss import LossOptions, Mu
 
+pytestmark = pytest.mark.slow
+
 # --- opcheck -----------------------------------------------------------------------------------------------------
 # All of its tests: the schema (what is mutated, what aliases), autograd registration, the fake against the real
 # operator, and ahead-of-time dispatch with dynamic shapes.
