@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("bench/*.md"))]
 FOLDERS = [path.name for base in (ROOT, ROOT / "normbt_kernels") for path in base.iterdir() if path.is_dir()]
 
+CODE = ("normbt_kernels", "tests", "bench", "reference")
+
 
 def anchors(text):
     """The names by which GitHub and mkdocs link to the headings of a page."""
@@ -38,6 +40,11 @@ def test_paths_exist(page):
         if path.partition("/")[0] in FOLDERS:
             found = [match for base in (ROOT, ROOT / "normbt_kernels", page.parent) for match in base.glob(path)]
             assert found, path
+
+
+def test_files_that_contributing_names_alone_exist():
+    for name in re.findall(r"`([\w-]+\.(?:py|toml|md|yml))`", (ROOT / "CONTRIBUTING.md").read_text()):
+        assert (ROOT / name).is_file() or any(any((ROOT / folder).rglob(name)) for folder in CODE), name
 
 
 def test_benchmarks_and_make_targets_exist(page):
