@@ -70,7 +70,7 @@ def test_gradients_agree_with_one_backward_per_pair(architecture, padding_side):
     assert_as_good_as(found.distance, distance, exact_distance)
     for part in ("head", "backbone"):
         pairs = found.members(part)
-        bt, normbt = (np.exp(found.log_gradient(part, loss)) for loss in ("bt", "normbt"))
+        bt, normbt = (np.exp(found.log_gradient(part, power)) for power in (0, 1))
         assert_as_good_as(bt, norms[part][pairs], exact_norms[part][pairs])
         weight, exact_weight = (np.minimum(d.mean() / (d + EPS), MAX_WEIGHT) for d in (distance, exact_distance))
         assert_as_good_as(normbt, (weight * norms[part])[pairs], (exact_weight * exact_norms[part])[pairs])
@@ -96,15 +96,15 @@ def test_the_weights_are_those_of_a_step_of_normbt():
     """One backward of the package's own loss per pair, with the same mu and cap."""
     model, rows = make_model("llama"), make_rows(5)
     found = diagnose(model, make_tokenizer(), rows, num_gradients=5, max_weight=1.2)
-    assert (found.weight == 1.2).any()
-    assert (found.weight < 1.2).any()
+    assert (found.weight(1) == 1.2).any()
+    assert (found.weight(1) < 1.2).any()
     for i, row in enumerate(rows):
         ids = [torch.as_tensor(row[name])[None] for name in ("chosen_ids", "rejected_ids")]
         hidden = torch.cat([model.model(input_ids=tensor).last_hidden_state[:, -1] for tensor in ids])
         linear_normbt_loss(hidden, model.score.weight, found.mu, max_weight=1.2).backward()
         norm = torch.cat([g.flatten() for name, g in gradients(model).items() if name != "score.weight"]).norm().item()
         at = found.sample.tolist().index(i)
-        assert np.exp(found.log_gradient("backbone", "normbt"))[at] == pytest.approx(norm, rel=2e-5)
+        assert np.exp(found.log_gradient("backbone", 1))[at] == pytest.approx(norm, rel=2e-5)
 
 
 def test_frozen_weights_are_no_part_of_the_gradient():
@@ -112,7 +112,7 @@ def test_frozen_weights_are_no_part_of_the_gradient():
     model.model.embed_tokens.requires_grad_(False)
     found = diagnose(model, make_tokenizer(), rows)
     _, norms = naive(model, rows)
-    np.testing.assert_allclose(np.exp(found.log_gradient("backbone", "bt")), norms["backbone"][found.sample], rtol=2e-5)
+    np.testing.assert_allclose(np.exp(found.log_gradient("backbone", 0)), norms["backbone"][found.sample], rtol=2e-5)
 
 
 def test_confident_pairs_do_not_underflow():
@@ -121,8 +121,8 @@ def test_confident_pairs_do_not_underflow():
         model.score.weight *= 300
     found = diagnose(model, make_tokenizer(), rows)
     assert np.abs(found.difference).max() > 200  # where 1 - sigma is 0 in fp32
-    assert np.isfinite(found.log_gradient("backbone", "bt")).all()
-    assert found.slope("head", "bt").slope == 1
+    assert np.isfinite(found.log_gradient("backbone", 0)).all()
+    assert found.slope("head", 0).slope == 1
 
 
 def test_the_model_is_left_as_it_was():
@@ -205,7 +205,7 @@ def test_models_that_cannot_be_diagnosed(change, message):
     [
         ([], {}, "there are no pairs"),
         ([{"chosen": "a"}], {}, "pairs, row 1: no column 'rejected'"),
-        (make_rows(3), {"max_length": 2}, "none of 3 pairs has at most 2 tokens"),
+        (make_rows(3), {"max_length": 2}, "3 of 3 pairs are longer than 2 tokens"),
         (make_rows(3), {"num_gradients": 0}, "at least 1, got 0 and 8"),
         (make_rows(3), {"eps": 0.0}, "above 0, got 0.0 and 100.0"),
         (make_rows(3), {"max_weight": -1.0}, "above 0, got 1e-06 and -1.0"),
@@ -236,17 +236,17 @@ def test_interval_covers_the_true_slope_as_often_as_it_says():
 
 def test_interval_is_that_of_hc3():
     """HC3 takes each pair's residual from the fit without that pair; here they are fitted anew, one by one."""
-    y, x, error = synthetic(25, 3, 0.4)
-    design = np.column_stack([np.ones(25), x, error])
+    log_norm, x, error = synthetic(25, 3, 0.4)
+    y, design = log_norm - error, np.column_stack([x, np.ones(25)])
     left_out = []
     for i in range(25):
         others = np.arange(25) != i
         left_out.append(y[i] - design[i] @ np.linalg.lstsq(design[others], y[others], rcond=None)[0])
     bread = np.linalg.inv(design.T @ design)
     covariance = bread @ design.T @ np.diag(np.square(left_out)) @ design @ bread
-    expected = 1.96 * np.sqrt(covariance[1, 1])
-    slope = slope_at_fixed_error(y, x, error)
-    assert slope.slope == pytest.approx((bread @ design.T @ y)[1], abs=6e-5)
+    expected = 1.96 * np.sqrt(covariance[0, 0])
+    slope = slope_at_fixed_error(log_norm, x, error)
+    assert slope.slope == pytest.approx((bread @ design.T @ y)[0], abs=6e-5)
     assert slope.high - slope.low == pytest.approx(2 * expected, abs=3e-4)
 
 
@@ -254,7 +254,6 @@ def test_no_slope_without_the_pairs_for_it():
     y, x, error = synthetic(40, 0, 1.0)
     assert slope_at_fixed_error(y[:9], x[:9], error[:9]) is None
     assert slope_at_fixed_error(y, np.zeros(40), error) is None
-    assert slope_at_fixed_error(y, 2 - 3 * error, error) is None  # the error alone tells the distance
     assert slope_at_fixed_error(y, np.eye(40)[7], error) is None  # one pair is all there is to tell
     assert slope_at_fixed_error(y, x, np.full(40, np.log(0.5))).num_pairs == 40  # an untrained model
     y[3], x[3] = -np.inf, -np.inf  # a pair with distance 0
@@ -301,14 +300,88 @@ def test_shares_means_and_categories_by_hand():
 
 
 def test_max_weight_caps_the_weight():
-    assert make_diagnosis(max_weight=3.0).weight.tolist() == pytest.approx([3, 3, 2.5, 2.5, 1.25, 1.25, 5 / 12, 5 / 14])
+    assert make_diagnosis(max_weight=3.0).weight(1).tolist() == pytest.approx(
+        [3, 3, 2.5, 2.5, 1.25, 1.25, 5 / 12, 5 / 14]
+    )
 
 
 def test_identical_pairs_count_in_shares_and_not_in_slopes():
     found = diagnose(make_model("llama"), make_tokenizer(), [*make_rows(20), {"chosen_ids": [5], "rejected_ids": [5]}])
     assert found.distance.min() == 0
-    assert found.slope("head", "bt").num_pairs == 20
+    assert found.slope("head", 0).num_pairs == 20
     json.dumps(found.summary(), allow_nan=False)
+
+
+# --- the recommended power -----------------------------------------------------------------------------------------
+
+
+def confounded_diagnosis(slopes, num_pairs=400, seed=0):
+    """Far pairs are the confident ones, and the sensitivity grows by `slopes` in the four quarters by error."""
+    rng = np.random.default_rng(seed)
+    log_distance = rng.normal(scale=0.5, size=num_pairs)
+    difference = 3 * log_distance + rng.normal(scale=0.3, size=num_pairs)
+    quarter = np.searchsorted(np.quantile(-difference, [0.25, 0.5, 0.75]), -difference)
+    log_sensitivity = np.array(slopes)[quarter] * log_distance + rng.normal(scale=0.05, size=num_pairs)
+    return make_diagnosis(
+        difference=difference,
+        distance=np.exp(log_distance),
+        sample=np.arange(num_pairs),
+        sensitivity=np.exp(log_sensitivity),
+        categories=None,
+        number=np.arange(1, num_pairs + 1),
+    )
+
+
+def test_the_recommended_power_leaves_the_gradient_unrelated_to_the_distance():
+    found = confounded_diagnosis([0.6] * 4)
+    summary = found.summary()
+    assert summary["recommended_power"] == pytest.approx(0.6, abs=0.03)
+    assert summary["no_power_because"] is None
+    recommended = summary["slopes"]["backbone"]["recommended"]
+    assert recommended["low"] <= 0 <= recommended["high"]
+    assert abs(np.polyfit(np.log(found.distance), np.log(found.sensitivity * found.weight(0.6)), 1)[0]) < 0.03
+    assert f"With --power {summary['recommended_power']:g} " in summary["sentence"]
+    assert summary["correlation_of_log_error_and_log_distance"] < -0.9  # and yet: the error's coefficient is known
+    shares = summary["distance_quartiles"]["share_of_gradient"]["backbone"]
+    assert shares["bt"][0] < shares["recommended"][0] < shares["normbt"][0]
+    assert f"power {summary['recommended_power']:g}" in str(found)
+
+
+def test_no_power_is_recommended_where_the_quarters_by_error_disagree():
+    found = confounded_diagnosis([-4.6, -0.6, 0.6, 2.7])
+    summary = found.summary()
+    assert summary["recommended_power"] is None
+    assert summary["powers"] == {"bt": 0.0, "normbt": 1.0}
+    slopes = [slope["slope"] for slope in summary["slopes_by_error_quartile"]]
+    assert slopes == pytest.approx([-4.6, -0.6, 0.6, 2.7], abs=0.2)
+    assert "No single power is recommended: the slopes within quarters of the pairs" in summary["sentence"]
+    assert all(f"{slope:.2f}" in summary["sentence"] for slope in slopes)
+    assert "twice as far apart" not in summary["sentence"]
+    assert "--power" not in str(found)
+
+
+def test_a_gradient_that_shrinks_with_the_distance_wants_plain_bt():
+    assert confounded_diagnosis([-0.5] * 4).recommended_power == 0
+
+
+def test_few_gradients_recommend_nothing():
+    summary = confounded_diagnosis([0.6] * 4, num_pairs=36).summary()
+    assert summary["recommended_power"] is None
+    assert "needs 10 gradients" in summary["no_power_because"]
+
+
+def test_lines_run_over_their_own_points(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    lines = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, **style: lines.append((x, y)) or plot(axis, x, y, **style))
+    found = confounded_diagnosis([0.6] * 4)
+    found.plot(tmp_path / "figure.png")
+    error = found.log_error
+    quarter = np.searchsorted(np.quantile(error, [0.25, 0.5, 0.75]), error)
+    ends = [(found.distance[quarter == i].min(), found.distance[quarter == i].max()) for i in range(4)]
+    assert [tuple(x) for x, _ in lines] == ends * 3  # BT, NormBT and the recommended power
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

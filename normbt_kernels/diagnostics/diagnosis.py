@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from normbt_kernels.diagnostics import report
 
-PARTS, LOSSES = ("head", "backbone"), ("bt", "normbt")
+PARTS = ("head", "backbone")
 QUARTILES = (0.25, 0.5, 0.75)
 FEWEST_PAIRS = 10  # that a slope is fitted to
+# By how much the slope of a quarter of the pairs by error may differ from that of all. At 0.25, a pair twice as far
+# apart as another has up to 1.2 times its gradient at the power that suits all pairs together.
+TOLERANCE = 0.25
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,17 @@ class Slope:
 
 
 def slope_at_fixed_error(log_norm: np.ndarray, log_distance: np.ndarray, log_error: np.ndarray) -> Slope | None:
-    """Least squares of log norm on log distance and log error, (P,) each; pairs that are not finite are left out.
+    """Least squares of log(norm / error) on log distance, (P,) each; pairs that are not finite are left out.
 
-    The interval is slope +- 1.96 standard errors that hold for unequal variances (HC3: MacKinnon and White, 1985).
-    None with fewer than 10 pairs, or where the error alone tells the distance, of all of them or of all but one.
+    A gradient is exactly error times sensitivity, so that the coefficient of log error is 1 and is not fitted. The
+    interval is slope +- 1.96 standard errors that hold for unequal variances (HC3: MacKinnon and White, 1985). None
+    with fewer than 10 pairs, or where the distances are all equal, or those of all but one.
     """
     usable = np.isfinite(log_norm) & np.isfinite(log_distance)
-    if usable.sum() < FEWEST_PAIRS:
+    if usable.sum() < FEWEST_PAIRS or log_distance[usable].std() < 1e-6:
         return None
-    y, x, error = log_norm[usable], log_distance[usable], log_error[usable]
-    given_error = np.column_stack([np.ones_like(error), error])
-    left_over = x - given_error @ np.linalg.lstsq(given_error, x, rcond=None)[0]
-    if left_over.std() < 1e-6:
-        return None
-    design = np.column_stack([given_error, x])
+    y, x = (log_norm - log_error)[usable], log_distance[usable]
+    design = np.column_stack([np.ones_like(x), x])
     inverse = np.linalg.pinv(design)
     coefficients = inverse @ y
     leverage = np.einsum("ij,ji->i", design, inverse)
@@ -93,38 +94,85 @@ class Diagnosis:
         """log(1 - sigma(difference)), which does not underflow, `(P,)`."""
         return -np.logaddexp(0, self.difference)
 
+    def weight(self, power: float) -> np.ndarray:
+        """The weight of NormBT with this power, `(P,)`: 1 is the paper, 0 is BT."""
+        with np.errstate(divide="ignore"):  # identical pairs, without eps
+            weight = (self.mu / (self.distance + self.eps)) ** power
+        return np.minimum(weight, np.inf if self.max_weight is None else self.max_weight)
+
     @property
-    def weight(self) -> np.ndarray:
-        """NormBT's weight, `(P,)`."""
-        return np.minimum(self.mu / (self.distance + self.eps), np.inf if self.max_weight is None else self.max_weight)
+    def powers(self) -> dict[str, float]:
+        """The losses that are compared: BT, NormBT, and NormBT with the recommended power if there is one."""
+        power = self.recommended_power
+        return {"bt": 0.0, "normbt": 1.0} | ({} if power is None else {"recommended": power})
+
+    @cached_property
+    def recommended_power(self) -> float | None:
+        """The slope of the backbone's gradient, which is the power of the distance that undoes it, to 2 decimals; 0 if
+        the gradient does not grow with the distance. None where no single power describes the model: see
+        `disagreement`."""
+        if self.disagreement is not None:
+            return None
+        return max(0.0, round(self.slope("backbone", 0.0).slope, 2))
+
+    @cached_property
+    def quartile_slopes(self) -> list[Slope | None]:
+        """Slopes of the backbone's gradient within each quarter of the sampled pairs by error."""
+        quarters, _ = _quarters(self.log_error[self.sample])
+        return [self.slope("backbone", 0.0, members) for members in quarters]
+
+    @property
+    def disagreement(self) -> str | None:
+        """Why no power is recommended, None if one is."""
+        slope, quartiles = self.slope("backbone", 0.0), self.quartile_slopes
+        if slope is None or None in quartiles:
+            return (
+                f"the slope needs {FEWEST_PAIRS} gradients at different distances in each quarter of the pairs by "
+                f"prediction error, of {len(self.sample)} in all"
+            )
+        if all(of.low <= slope.slope + TOLERANCE and of.high >= slope.slope - TOLERANCE for of in quartiles):
+            return None
+        return "the slopes within quarters of the pairs by prediction error are " + ", ".join(
+            f"{of.slope:.2f}" for of in quartiles
+        )
+
+    @property
+    def correlation(self) -> float | None:
+        """Of log error and log distance over the sampled pairs; None if one of them does not vary."""
+        pairs = self.sample[self.distance[self.sample] > 0]
+        error, distance = self.log_error[pairs], np.log(self.distance[pairs])
+        if len(pairs) < 2 or min(error.std(), distance.std()) < 1e-6:
+            return None
+        return float(np.corrcoef(error, distance)[0, 1])
 
     def members(self, part: str) -> np.ndarray:
         """Numbers of the pairs whose gradient is known for `part`: "head" or "backbone"."""
         return np.arange(len(self.distance)) if part == "head" else self.sample
 
-    def log_gradient(self, part: str, loss: str) -> np.ndarray:
-        """Log norm of each member's gradient with respect to `part`, under `loss`: "bt" or "normbt"."""
+    def log_gradient(self, part: str, power: float) -> np.ndarray:
+        """Log norm of each member's gradient with respect to `part`, under NormBT with this power (0: BT)."""
         pairs = self.members(part)
         with np.errstate(divide="ignore"):  # where the distance is 0, the head has no gradient
             of_difference = np.log(self.distance if part == "head" else self.sensitivity)
-        return self.log_error[pairs] + of_difference + (np.log(self.weight[pairs]) if loss == "normbt" else 0)
+        return self.log_error[pairs] + of_difference + np.log(self.weight(power)[pairs])
 
-    def slope(self, part: str, loss: str) -> Slope | None:
-        """How the gradient of `part` grows with the distance at a fixed error."""
+    def slope(self, part: str, power: float, among: Any = slice(None)) -> Slope | None:
+        """How the gradient of `part` grows with the distance at a fixed error, of all members or those `among` them."""
         pairs = self.members(part)
         with np.errstate(divide="ignore"):
             log_distance = np.log(self.distance[pairs])
-        return slope_at_fixed_error(self.log_gradient(part, loss), log_distance, self.log_error[pairs])
+        values = self.log_gradient(part, power), log_distance, self.log_error[pairs]
+        return slope_at_fixed_error(*(value[among] for value in values))
 
-    def shares(self, part: str, loss: str, groups: Sequence[np.ndarray]) -> list[float]:
+    def shares(self, part: str, power: float, groups: Sequence[np.ndarray]) -> list[float]:
         """What each group of pairs, a `(P,)` mask, receives of the sum of all members' gradient norms."""
-        log_norms = self.log_gradient(part, loss)
+        log_norms = self.log_gradient(part, power)
         norms = np.exp(log_norms - log_norms.max())  # so that a model that is sure of all pairs leaves no 0 / 0
         return [float(norms[group[self.members(part)]].sum() / norms.sum()) for group in groups]
 
-    def mean(self, part: str, loss: str, group: np.ndarray) -> float | None:
+    def mean(self, part: str, power: float, group: np.ndarray) -> float | None:
         """Mean gradient norm of the members in `group`, a `(P,)` mask; None if there are none."""
-        norms = np.exp(self.log_gradient(part, loss))[group[self.members(part)]]
+        norms = np.exp(self.log_gradient(part, power))[group[self.members(part)]]
         return float(norms.mean()) if len(norms) else None
 
     def summary(self) -> dict[str, Any]:
@@ -132,7 +180,7 @@ class Diagnosis:
         error = np.exp(self.log_error)
         by_error, error_edges = _quarters(error)
         by_distance, distance_edges = _quarters(self.distance)
-        share = _each(lambda part, loss: self.shares(part, loss, by_distance))
+        share = self._each(lambda part, power: self.shares(part, power, by_distance))
         summary = {
             "num_pairs": len(self.distance),
             "num_left_out": self.num_left_out,
@@ -141,8 +189,13 @@ class Diagnosis:
             "mean_distance": self.mu,
             "eps": self.eps,
             "max_weight": self.max_weight,
-            "slopes": _each(lambda part, loss: _as_dict(self.slope(part, loss))),
-            "slopes_are": "least squares of log gradient norm on log distance and log error, 95% interval by HC3",
+            "powers": self.powers,
+            "slopes": self._each(lambda part, power: _as_dict(self.slope(part, power))),
+            "slopes_are": "least squares of log(gradient norm / error) on log distance, 95% interval by HC3",
+            "slopes_by_error_quartile": [_as_dict(slope) for slope in self.quartile_slopes],
+            "correlation_of_log_error_and_log_distance": self.correlation,
+            "recommended_power": self.recommended_power,
+            "no_power_because": self.disagreement,
             "distance_quartiles": {"edges": distance_edges, "share_of_gradient": share},
             "bins": {
                 "error_edges": error_edges,
@@ -158,7 +211,9 @@ class Diagnosis:
                 "pair": self.number[self.sample].tolist(),
                 "error": error[self.sample].tolist(),
                 "distance": self.distance[self.sample].tolist(),
-                "backbone_gradient": {loss: np.exp(self.log_gradient("backbone", loss)).tolist() for loss in LOSSES},
+                "backbone_gradient": {
+                    loss: np.exp(self.log_gradient("backbone", power)).tolist() for loss, power in self.powers.items()
+                },
             },
         }
         return summary | {"sentence": report.sentence(summary)}
@@ -172,23 +227,22 @@ class Diagnosis:
             "accuracy": float((self.difference[group] > 0).mean()) if some else None,
             "mean_error": float(np.exp(self.log_error[group]).mean()) if some else None,
             "mean_distance": float(self.distance[group].mean()) if some else None,
-            "mean_gradient": _each(lambda part, loss: self.mean(part, loss, group)),
-            "share_of_gradient": _each(lambda part, loss: self.shares(part, loss, [group])[0]),
+            "mean_gradient": self._each(lambda part, power: self.mean(part, power, group)),
+            "share_of_gradient": self._each(lambda part, power: self.shares(part, power, [group])[0]),
         }
 
     def _category(self, name: str) -> dict[str, Any]:
         return self._group(np.array([category == name for category in self.categories]), {"name": name})
 
+    def _each(self, measure: Callable[[str, float], Any]) -> dict[str, dict[str, Any]]:
+        return {part: {loss: measure(part, power) for loss, power in self.powers.items()} for part in PARTS}
+
     def __str__(self) -> str:
         return report.table(self.summary())
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws gradient norm against distance, coloured by error, BT beside NormBT, as a PNG. Needs matplotlib."""
+        """Draws gradient norm against distance, coloured by error, one panel a loss, as a PNG. Needs matplotlib."""
         report.draw(self.summary(), path)
-
-
-def _each(measure: Callable[[str, str], Any]) -> dict[str, dict[str, Any]]:
-    return {part: {loss: measure(part, loss) for loss in LOSSES} for part in PARTS}
 
 
 def _quarters(values: np.ndarray) -> tuple[list[np.ndarray], list[float]]:
