@@ -9,7 +9,9 @@ share it out.
     NormBT   : both times w = min(mu / (distance + eps), max_weight), mu the mean distance of these pairs
 
 NormBT (arXiv:2512.06343) claims that BT's gradient grows with the distance at a fixed error, and that w undoes it. Here
-that is a number: the slope of log gradient norm on log distance at a fixed error, 1 for BT's head, 0 for NormBT's.
+that is a number: the slope of log gradient norm on log distance at a fixed error, 1 for BT's head, 0 for NormBT's. The
+backbone's own slope is the power of w that undoes it there, and the one that is recommended; none is where the quarters
+of the pairs by error have slopes of their own.
 
     measure.py      diagnose: reads distances, rewards and gradients off the model
     diagnosis.py    what they say: slopes, shares, the decomposition by error and distance

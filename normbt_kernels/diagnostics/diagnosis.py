@@ -15,8 +15,8 @@ from normbt_kernels.diagnostics import report
 PARTS = ("head", "backbone")
 QUARTILES = (0.25, 0.5, 0.75)
 FEWEST_PAIRS = 10  # that a slope is fitted to
-# By how much the slope of a quarter of the pairs by error may differ from that of all. At 0.25, a pair twice as far
-# apart as another has up to 1.2 times its gradient at the power that suits all pairs together.
+# By how much the slopes within quarters of the pairs by error may differ from that of all, beyond their intervals, on
+# average over the gradient that the quarters receive. At 0.25 a pair twice as far apart has 1.2 times the gradient.
 TOLERANCE = 0.25
 
 
@@ -108,9 +108,8 @@ class Diagnosis:
 
     @cached_property
     def recommended_power(self) -> float | None:
-        """The slope of the backbone's gradient, which is the power of the distance that undoes it, to 2 decimals; 0 if
-        the gradient does not grow with the distance. None where no single power describes the model: see
-        `disagreement`."""
+        """The slope of the backbone's gradient, to 2 decimals: the power of the distance that undoes it. 0 if the
+        gradient does not grow with the distance. None where no single power describes the model (`disagreement`)."""
         if self.disagreement is not None:
             return None
         return max(0.0, round(self.slope("backbone", 0.0).slope, 2))
@@ -118,10 +117,13 @@ class Diagnosis:
     @cached_property
     def quartile_slopes(self) -> list[Slope | None]:
         """Slopes of the backbone's gradient within each quarter of the sampled pairs by error."""
-        quarters, _ = _quarters(self.log_error[self.sample])
-        return [self.slope("backbone", 0.0, members) for members in quarters]
+        return [self.slope("backbone", 0.0, members) for members in self._quarters_by_error]
 
     @property
+    def _quarters_by_error(self) -> list[np.ndarray]:
+        return _quarters(self.log_error[self.sample])[0]
+
+    @cached_property
     def disagreement(self) -> str | None:
         """Why no power is recommended, None if one is."""
         slope, quartiles = self.slope("backbone", 0.0), self.quartile_slopes
@@ -130,7 +132,10 @@ class Diagnosis:
                 f"the slope needs {FEWEST_PAIRS} gradients at different distances in each quarter of the pairs by "
                 f"prediction error, of {len(self.sample)} in all"
             )
-        if all(of.low <= slope.slope + TOLERANCE and of.high >= slope.slope - TOLERANCE for of in quartiles):
+        masks = [np.isin(np.arange(len(self.distance)), self.sample[members]) for members in self._quarters_by_error]
+        shares = self.shares("backbone", 0.0, masks)
+        apart = [max(of.low - slope.slope, slope.slope - of.high, 0.0) for of in quartiles]
+        if np.dot(shares, apart) <= TOLERANCE:
             return None
         return "the slopes within quarters of the pairs by prediction error are " + ", ".join(
             f"{of.slope:.2f}" for of in quartiles
