@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,34 +13,55 @@ from torch import Tensor, nn
 
 from normbt_kernels.checks import linear_inputs, loss_options, reward_inputs
 from normbt_kernels.functional import NormBTStats, loss_and_stats
-from normbt_kernels.ops.ema import EMA, move_mu_now
+from normbt_kernels.ops.ema import EMA, add_to_pending_, move_mu_now
 from normbt_kernels.ops.pair_distance import measure_distances
-from normbt_kernels.ops.pair_loss import Mu, Scores
+from normbt_kernels.ops.pair_loss import Mu, Scores, weigh_pairs
 from normbt_kernels.ops.pairs import RowPairs
 
 
+class Reduction(NamedTuple):
+    """A step's sums on their way between the ranks, and the state that they move."""
+
+    work: dist.Work
+    pending: Tensor
+    mu: Tensor
+    num_updates: Tensor
+
+
 class DistanceEMA(nn.Module):
-    """The loss's memory: mu <- beta*mu + (1-beta)*mean distance, on the device, frozen in eval mode.
+    """The loss's memory: mu <- beta*mu + (1-beta)*mean distance, once for each optimizer step.
 
-    A batch is weighed by the mu from before it. The first batch's own mean is used for it and becomes mu. In eval
-    mode mu is used and not changed; if there is none yet, the batch's own mean is used and nothing is stored. An
-    empty batch, and one whose mean distance is not finite, leave mu as it was.
+    All pairs of a step are weighed by the mu from before it, in whichever micro-batch and on whichever rank they are,
+    and mu then moves by their mean: sums of distances and numbers of pairs are added, so the result does not depend on
+    how a batch is cut. One line says what a step is:
 
-    With torch.distributed initialised, the mean is over the pairs of all ranks of `process_group`: sums and counts
-    are added, so unequal batches are right. The reduction (two floats) starts in forward and is waited for, by the
-    device, when mu is next needed, so it overlaps backward; `synchronize()` completes it earlier. In training mode
-    every rank must call forward equally often; in eval mode nothing is exchanged.
+        loss_fn.follow(optimizer)
 
-    A first batch that is not finite, on GPUs: until there is a mu, each rank weighs by its own pairs' mean (the mean
-    that becomes mu is shared all the same). `torch.compile` traces the module with fullgraph=True where ranks share
-    nothing; the collective breaks the graph. Activation checkpointing around the module would update mu twice: put
-    the loss outside.
+    Without it, each forward in training mode is a step. In eval mode mu is used and not changed.
 
-    Buffers, both in the `state_dict`: `mu` (fp32, 0-d, 0 until there is one) and `num_updates` (int64, 0-d).
+    The first step has no mu from before it. Each of its micro-batches is weighed by its own mean, over all ranks, and
+    the mean over all of them becomes mu. In eval mode, as long as there is no mu, a batch is weighed by its own mean
+    and nothing is stored. If no distance of the first step is finite, pairs weigh 1 until there is a mu.
+
+    A micro-batch that is empty, or has a distance that is not finite, is left out of the mean. A step that a GradScaler
+    skips is none: its pairs count with those of the next one.
+
+    With torch.distributed initialised, the ranks of `process_group` share mu. They add two floats once a step, while
+    the next forward runs; who reads `mu`, `num_updates` or the `state_dict` before that waits for the sum. All ranks
+    must step equally often, and call forward equally often in the first step and where each forward is a step.
+    A CUDA graph cannot hold that exchange, and its capture is refused; `torch.compile` breaks its graph there.
+
+    The module cannot be inside an activation checkpoint, which would repeat its forward: that is refused in backward.
+
+    Buffers, both in the `state_dict`: `mu` (fp32, 0-d, 0 until there is one) and `num_updates` (int64, 0-d), how many
+    steps have moved it. In the middle of a step the `state_dict` also has `pending` (fp32, (2,)): the sum of distances
+    and the number of pairs of this rank that belong to the gradients accumulated so far.
     """
 
     mu: Tensor
     num_updates: Tensor
+    per_step = False  # whether mu waits for `end_step`; otherwise each training forward is a step
+    _reduction: Reduction | None = None
 
     def __init__(
         self,
@@ -66,45 +90,105 @@ class DistanceEMA(nn.Module):
         self.process_group = process_group
         self.register_buffer("mu", torch.zeros((), dtype=torch.float32))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        # Sum of distances and number of pairs that have not entered mu yet.
-        self.register_buffer("pending", torch.zeros(2, dtype=torch.float32), persistent=False)
-        self._work: dist.Work | None = None
-        self._started = False  # whether there has been a first batch, which the host knows without asking a device
+        # Each rank's own, and therefore no buffer: DDP would overwrite it with the first rank's.
+        self.pending = torch.zeros(2, dtype=torch.float32)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._exact_mu = self._buffers["mu"].detach()
+        # What the host knows without asking the device.
+        self._first_step_began = self.first_step_ended = False
+        self._first_mean: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """Forgets mu and what is pending: the state of a new module."""
+        self._settle()
+        for state in (*self._buffers.values(), self.pending):
+            state.zero_()
+        self._forget()
+
+    # --- steps ---
+
+    def follow(self, optimizer: Any) -> None:
+        """From now on, mu moves once for each step of `optimizer`.
+
+        A copy of this module follows nothing until it is told to.
+
+        Args:
+            optimizer: a `torch.optim.Optimizer`, or what wraps one as its `optimizer`: accelerate's, DeepSpeed's
+                engine. Of several that train the model in turn, the first one that steps ends the step.
+
+        Raises:
+            TypeError: it is none.
+        """
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        if not hasattr(optimizer, "register_step_post_hook"):
+            raise TypeError(
+                f"{type(optimizer).__name__} has no step hooks: set per_step = True on the loss, and call its "
+                "end_step() after each step"
+            )
+        ema = weakref.ref(self)
+        optimizer.register_step_post_hook(lambda *_: None if ema() is None else ema().end_step())
+        self.per_step = True
+
+    def end_step(self) -> None:
+        """Moves mu by the pairs since the last step, if there are any: what `follow` calls after the optimizer's step.
+
+        Raises:
+            RuntimeError: each forward is a step already.
+        """
+        if not self.per_step:
+            raise RuntimeError("each forward of this loss is a step: call follow(optimizer), or set per_step = True")
+        self._move()
+
+    def begin_with(self, distances: Iterable[Tensor]) -> None:
+        """Weighs the first step by the mean of `distances` (P,), those of its micro-batches, measured beforehand.
+
+        All ranks must call it. mu will be the mean of what the step itself measures.
+        """
+        self._first_mean = self._mean_of(distances, self._group())
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        self._settle()
+        self.first_step_ended |= self._first_step_began
+        self._first_mean = None
+        mu, num_updates, group = self._buffers["mu"], self._buffers["num_updates"], self._group()
+        if group is None:
+            move_mu_now(mu, num_updates, self.pending, self.beta)
+            return
+        # A copy moves. Some ranks read mu before the next forward and others do not, and between the two DDP gives all
+        # of them the first rank's buffers: moved in place, mu could move twice.
+        moved = Reduction(None, self.pending.clone(), mu.clone(), num_updates.clone())
+        self.pending.zero_()
+        self._reduction = moved._replace(work=dist.all_reduce(moved.pending, group=group, async_op=True))
 
     def synchronize(self) -> None:
-        """Completes a reduction across ranks that is still under way, so that `mu` includes the last batch."""
-        if self._work is None:
-            return
-        work, self._work = self._work, None
-        work.wait()
-        move_mu_now(self.mu, self.num_updates, self.pending, self.beta)
+        """Waits for the sum over ranks that is on its way, if there is one. Reading `mu` does so too."""
+        self._settle()
 
-    def _score(self, rows: RowPairs, scores: Scores, return_stats: bool):
-        """Runs the loss with the mean that weighs this batch, and updates the EMA."""
-        if self.mu.device != rows.chosen.device:
-            raise ValueError(
-                f"mu is on {self.mu.device}, but the hidden states are on {rows.chosen.device}: "
-                f"move the loss there once, with .to({str(rows.chosen.device)!r})"
-            )
-        self.synchronize()
-        group = self._group()
-        if not self.training:
-            ema = EMA(self.mu, self.num_updates, None, None)
-            return loss_and_stats(rows, scores, Mu(ema=ema, own_mean=not self._started), self.options, return_stats)
-        first, tensor = not self._started, None
-        if first and group is not None:
-            # All ranks' mean must be known before the weights, so this once it is exchanged before the loss.
-            distance = measure_distances(rows)
-            totals = torch.stack([distance.sum(), distance.new_full((), distance.numel())])
-            dist.all_reduce(totals, group=group)
-            tensor = totals[0] / totals[1]
-        ema = EMA(self.mu, self.num_updates, self.pending, self.beta if group is None else None)
-        mu = Mu(tensor=tensor, ema=ema, own_mean=first and group is None)
-        result = loss_and_stats(rows, scores, mu, self.options, return_stats)
-        self._started |= rows.num_pairs > 0 or group is not None
-        if group is not None:
-            self._work = dist.all_reduce(self.pending, group=group, async_op=True)
-        return result
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Puts right, in place, what has been done to the buffers, and moves them by the sum that was on its way."""
+        mu, num_updates = self._buffers["mu"], self._buffers["num_updates"]
+        if mu.dtype != torch.float32:  # FSDP1's MixedPrecision(buffer_dtype=...) casts without `_apply`
+            mu.data = self._exact_mu.to(mu.device)
+        if not torch.compiler.is_compiling():
+            self._exact_mu = mu.detach()
+        self.pending = _moved(self.pending, mu.device)  # FSDP moves buffers without `_apply`
+        if self._reduction is not None:
+            moved, self._reduction = self._reduction, None
+            moved.work.wait()
+            move_mu_now(moved.mu, moved.num_updates, moved.pending, self.beta)
+            mu.copy_(moved.mu)
+            num_updates.copy_(moved.num_updates)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name in ("mu", "num_updates"):
+            self._settle()
+        return value
 
     def _group(self) -> dist.ProcessGroup | None:
         """The ranks that share the mean, None where there are none."""
@@ -112,23 +196,118 @@ class DistanceEMA(nn.Module):
             return None
         return dist.group.WORLD if self.process_group == "default" else self.process_group
 
+    # --- pairs ---
+
+    def weigh(self, rows: RowPairs) -> Tensor:
+        """The weights (P,) of pairs whose loss is computed elsewhere. They count as the pairs of a forward do."""
+        mu, distance = self._begin(rows), measure_distances(rows)
+        if self.training:
+            add_to_pending_(self.pending, distance.sum(), rows.num_pairs)
+        weight = weigh_pairs(distance, mu, self.options)
+        if mu.ema.beta is not None:
+            move_mu_now(*mu.ema)
+        self._end(rows)
+        return weight
+
+    def _score(self, rows: RowPairs, scores: Scores, return_stats: bool):
+        mu = self._begin(rows)
+        result = loss_and_stats(rows, scores, mu, self.options, return_stats)
+        self._end(rows)
+        return result
+
+    def _begin(self, rows: RowPairs) -> Mu:
+        """What weighs these pairs, and takes up their distances."""
+        self._settle()
+        mu, num_updates = self._buffers["mu"], self._buffers["num_updates"]
+        if mu.device != rows.chosen.device:
+            raise ValueError(
+                f"mu is on {mu.device}, but the hidden states are on {rows.chosen.device}: "
+                f"move the loss there once, with .to({str(rows.chosen.device)!r})"
+            )
+        group = self._group() if self.training else None
+        if self.training:
+            self._refuse_repetition()
+        if group is not None and mu.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph cannot hold the sum over ranks that moves mu: call the loss outside the graph, or give "
+                "it process_group=None"
+            )
+        first_mean = None
+        if not self.first_step_ended:
+            mean = self._first_mean
+            if mean is None:
+                mean = self._mean_of([measure_distances(rows)], group)
+            first_mean = torch.where(num_updates == 0, mean, mu)  # the buffers may have been filled by hand
+        moves_now = self.training and not self.per_step and group is None
+        pending = self.pending if self.training else None
+        return Mu(tensor=first_mean, ema=EMA(mu, num_updates, pending, self.beta if moves_now else None))
+
+    def _end(self, rows: RowPairs) -> None:
+        if not self.training:
+            return
+        group = self._group()
+        self._first_step_began |= rows.num_pairs > 0 or group is not None
+        if self.per_step:
+            return
+        if group is None:  # mu has moved already
+            self.first_step_ended = self._first_step_began
+        else:
+            self._move()
+
+    def _refuse_repetition(self) -> None:
+        if inside_backward():
+            raise RuntimeError(
+                "an activation checkpoint repeats the forward of this loss in backward: call the loss outside of it"
+            )
+        if torch.compiler.is_dynamo_compiling():
+            self._traced = []  # a side effect, which Dynamo does not let into a checkpoint
+
+    def _mean_of(self, distances: Iterable[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+        pending = None
+        for distance in distances:
+            pending = distance.new_zeros(2) if pending is None else pending
+            add_to_pending_(pending, distance.sum(), distance.numel())
+        if group is not None:
+            dist.all_reduce(pending, group=group)
+        return pending[0] / pending[1]
+
+    # --- state ---
+
     def _apply(self, fn, recurse=True):
-        # mu stays fp32 through .half() and .bfloat16(): with 8 bits of mantissa, steps of 1-beta would be lost.
-        self.synchronize()
-        mu = self.mu
+        # Only the device may change: 16 bits would lose steps of 1-beta, and `to_empty` is for what is filled later.
+        self._settle()
+        state = dict(self._buffers)
         super()._apply(fn, recurse)
-        self.mu = (self.mu if mu.is_meta else mu).to(self.mu.device, torch.float32)
+        device = self._buffers["mu"].device
+        self._buffers.update({name: _moved(value, device) for name, value in state.items()})
+        self.pending = _moved(self.pending, device)
+        self._exact_mu = self._buffers["mu"].detach()
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self.synchronize()
+        self._settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.pending.is_meta and self.pending[1] > 0:
+            destination[prefix + "pending"] = self.pending
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.synchronize()
-        super()._load_from_state_dict(*args, **kwargs)
-        self._started = not self.num_updates.is_meta and self.num_updates.item() > 0
-        self.mu = self.mu.float()  # assign=True takes the dtype of the checkpoint
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        self._settle()
+        pending = state_dict.pop(prefix + "pending", None)
+        found = {name for name in self._buffers if prefix + name in state_dict}
+        if found == {"num_updates"}:
+            state_dict.pop(prefix + "num_updates")  # of no mu; strict loading misses it
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if "mu" not in found:
+            return
+        mu, num_updates = self._buffers["mu"].float(), self._buffers["num_updates"]
+        self._buffers["mu"] = mu  # assign=True takes the dtype of the checkpoint
+        if found == {"mu"}:
+            num_updates.fill_(1)  # a mu counts; strict loading misses the number
+        self._forget()
+        self.first_step_ended = not num_updates.is_meta and num_updates.item() > 0
+        self.pending = torch.zeros_like(self.pending, device=mu.device)
+        if pending is not None:
+            self.pending.copy_(pending)
 
     def __deepcopy__(self, memo):
         memo[id(self.process_group)] = self.process_group  # a group is shared, and cannot be copied
@@ -137,13 +316,25 @@ class DistanceEMA(nn.Module):
         return twin
 
     def __getstate__(self):
-        self.synchronize()
-        return self.__dict__
+        self._settle()
+        return {name: value for name, value in self.__dict__.items() if name not in ("per_step", "_traced")}
 
     def extra_repr(self) -> str:
         return ", ".join(
             [f"beta={self.beta}", *(f"{name}={value!r}" for name, value in self.options._asdict().items())]
         )
+
+
+def inside_backward() -> bool:
+    """Whether autograd runs this code, as when an activation checkpoint repeats a forward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _moved(state: Tensor, device: torch.device) -> Tensor:
+    """`state` on `device`, zero where it comes from the meta device and has no value."""
+    if state.device == device:
+        return state
+    return torch.zeros_like(state, device=device) if state.is_meta else state.to(device)
 
 
 class NormBTLoss(DistanceEMA):

@@ -16,8 +16,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import reference
-from normbt_kernels import LinearNormBTLoss, apply_normbt, remove_normbt
+from normbt_kernels import apply_normbt, remove_normbt
 from normbt_kernels.integrations.pooled_head import pool_head
+from normbt_kernels.modules import DistanceEMA
+from tests.step_ema import StepEMA, start
 from tests.tiny_classifiers import DECODERS, ENCODERS, PAD, TinyDecoder, gradients, make_batch, make_model
 
 pytest.importorskip("transformers")
@@ -79,7 +81,7 @@ def assert_close_models(ours, eager, rtol=1e-4, atol=1e-5):
 
 def weights_of(model):
     """The submodule that holds mu, of the head that trains."""
-    return [module for module in model.modules() if isinstance(module, LinearNormBTLoss)][-1]
+    return [module for module in model.modules() if isinstance(module, DistanceEMA)][-1]
 
 
 def mu_of(model):
@@ -113,18 +115,22 @@ def test_every_gradient_is_that_of_eager_normbt(architecture, dtype, layout, sid
 def test_gradient_is_scaled_in_fp32_and_rounded_once(dtype, layout):
     torch.manual_seed(0)
     head, rows = nn.Linear(8, 1).to(dtype), torch.randn(6, 8).to(dtype)
-    plain = torch.randn(6, 1).to(dtype)
     apply_normbt(head, layout)
-    head(rows).backward(plain)
+    head(rows).sum().mul(0).backward()
+    mu = mu_of(head)[0].clone()
     logits = head(rows * 3)
+    pairs = reference.pair_rows(6, layout)
+    bt, reward_sum = torch.tensor([0.4, -0.3, 0.7]), logits.detach()[torch.stack(pairs), 0].sum(dim=0)
+    plain = torch.empty(6, 1, dtype=dtype)
+    for i, sign in zip(pairs, (1, -1), strict=True):
+        plain[i, 0] = (sign * bt + 0.1 * reward_sum).to(dtype)  # with a centering term
     (received,) = torch.autograd.grad(logits, logits, plain)
 
     wide = torch.promote_types(dtype, torch.float32)
-    rho, rho_first = (reference.pair_distance(x.to(wide), layout) for x in (rows * 3, rows))
-    w = reference.normbt_weight(rho, rho_first.sum().float() / 3)  # mu is fp32, of a sum and a number of pairs
-    chosen, rejected = (plain[i, 0].to(wide) for i in reference.pair_rows(6, layout))
+    w = reference.normbt_weight(reference.pair_distance((rows * 3).to(wide), layout), mu)
+    chosen, rejected = (plain[i, 0].to(wide) for i in pairs)
     expected = plain.clone()
-    for i, sign in zip(reference.pair_rows(6, layout), (1, -1), strict=True):
+    for i, sign in zip(pairs, (1, -1), strict=True):
         expected[i, 0] = ((chosen + rejected) / 2 + sign * w * (chosen - rejected) / 2).to(dtype)
     if dtype.itemsize == 2:
         assert torch.equal(received, expected)
@@ -164,23 +170,68 @@ def with_lora(peft, model):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "modernbert"])
-def test_steps_with_accumulation_and_evaluation_between(architecture):
+def test_mu_moves_once_per_step_of_the_optimizer_with_evaluation_between(architecture):
     model = make_model(architecture)
     eager = Eager(copy.deepcopy(model))
     apply_normbt(model)
+    start(weights_of(model))
+    eager.ema = StepEMA()
     optimizers = [torch.optim.SGD(m.parameters(), 0.05, momentum=0.9) for m in (model, eager.model)]
+    of_another = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
     for seed in range(9):
-        batch = make_batch(seed=seed)
-        bt_loss(model, batch, **LOSS).backward()
-        eager.loss(batch, **LOSS).backward()
+        batch = make_batch(3 if seed % 2 else 2, seed=seed)  # unequal micro-batches
+        bt_loss(model, batch).backward()
+        eager.loss(batch).backward()
         bystanders(model, make_batch(2, seed=99))
+        of_another.step()
         if seed % 3 == 2:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            eager.ema.end_step()
             assert_close_models(model, eager.model)
     torch.testing.assert_close(mu_of(model)[0], eager.ema.mu, rtol=1e-5, atol=0)
-    assert mu_of(model)[1] == 9
+    assert mu_of(model)[1] == 1 + 3
+
+
+def test_optimizer_made_after_the_first_forward_is_followed_from_its_first_step():
+    model = make_model()
+    apply_normbt(model)
+    bt_loss(model, make_batch()).backward()
+    assert mu_of(model)[1] == 1  # no optimizer: each forward is a step
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer.step()
+    for seed in range(4):
+        bt_loss(model, make_batch(seed=seed)).backward()
+    assert mu_of(model)[1] == 1
+    optimizer.step()
+    assert mu_of(model)[1] == 2
+
+
+def test_resume_in_the_middle_of_an_accumulation_is_bitwise():
+    def train(model, seeds, gradients=()):
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=False):
+            parameter.grad = gradient.clone()
+        for seed in seeds:
+            bt_loss(model, make_batch(seed=seed)).backward()
+            if seed % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return model
+
+    whole, first, second = (make_model() for _ in range(3))
+    for model in (whole, first, second):
+        apply_normbt(model)
+    train(whole, range(9))
+    train(first, range(4))
+    assert "score.normbt.pending" in first.state_dict()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(second, range(4, 9), [parameter.grad for parameter in first.parameters()])
+    assert mu_of(second) == mu_of(whole)
+    assert mu_of(whole)[1] == 3
+    assert all(torch.equal(a, b) for a, b in zip(second.parameters(), whole.parameters(), strict=True))
+    assert "score.normbt.pending" not in whole.state_dict()
 
 
 def bystanders(model, batch):
@@ -236,6 +287,62 @@ def test_first_batch_not_finite_and_later_batches_follow_the_formula_of_mu():
     assert gradient[0] == 1.5
 
 
+# --- which sequences are a pair ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layout", "batches_are"), [("halves", "interleaved"), ("interleaved", "halves")])
+@pytest.mark.parametrize("num_pairs", [2, 3])
+def test_layout_that_does_not_match_the_batches_is_refused_in_the_first_backward(layout, batches_are, num_pairs):
+    model = make_model()
+    apply_normbt(model, layout)
+    loss = bt_loss(model, make_batch(num_pairs), batches_are)
+    with pytest.raises(ValueError, match=f"layout='{layout}' does not match the batches"):
+        loss.backward()
+    assert not gradients(model)
+
+
+def bt_loss_apart(model, batch, **options):
+    """Chosen and rejected in a forward each."""
+    rewards = [model(**{name: x.chunk(2)[side] for name, x in batch.items()}).logits[:, 0] for side in (0, 1)]
+    ones, hidden = torch.ones(len(rewards[0])), torch.zeros(len(rewards[0]), 1)
+    return reference.normbt_loss(*rewards, hidden, hidden, frozen_weight=ones, **options)
+
+
+@pytest.mark.parametrize("layout", ["halves", "interleaved"])
+def test_chosen_and_rejected_in_two_forwards_are_refused_in_the_first_backward(layout):
+    model = make_model()
+    apply_normbt(model, layout)
+    with pytest.raises(ValueError, match=r"'apart' \(chosen in one forward, rejected in the next\)"):
+        bt_loss_apart(model, make_batch(4)).backward()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_layout_apart_weighs_chosen_and_rejected_of_two_forwards(architecture):
+    model = make_model(architecture)
+    eager = Eager(copy.deepcopy(model))
+    apply_normbt(model, "apart")
+    options = {"margin": LOSS["margin"], "label_smoothing": 0.1}
+    for seed in range(3):
+        bt_loss_apart(model, make_batch(seed=seed), **options).backward()
+        eager.loss(make_batch(seed=seed), **options).backward()
+        bystanders(model, make_batch(seed=99))
+        for gradient, expected in paired(model, eager.model):
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mu_of(model)[0], eager.ema.mu, rtol=1e-5, atol=0)
+    assert mu_of(model)[1] == 3
+
+
+def test_layout_apart_refuses_what_it_cannot_weigh():
+    model = make_model()
+    apply_normbt(model, "apart")
+    with pytest.raises(ValueError, match="before the forward on the rejected"):
+        model(**make_batch(2)).logits.sum().backward()
+    with pytest.raises(ValueError, match=r"chosen rows are \(4, 16\).*\(6, 16\)"):
+        model(**make_batch(3))
+    with pytest.raises(ValueError, match="do not cancel"):
+        bt_loss_apart(model, make_batch(), center_coef=0.05).backward()
+
+
 # --- the order of forwards and backwards ---------------------------------------------------------------------------
 
 BACKWARDS = {
@@ -257,7 +364,7 @@ def under(checkpointing, forward, batch):
 
 
 @pytest.mark.parametrize("backwards", BACKWARDS)
-@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("checkpointing", ["none", "not reentrant"])
 def test_forwards_are_weighed_in_their_order_whatever_the_order_of_backwards(checkpointing, backwards):
     model = make_model()
     eager = Eager(copy.deepcopy(model))
@@ -273,8 +380,7 @@ def test_forwards_are_weighed_in_their_order_whatever_the_order_of_backwards(che
     assert mu_of(model)[1] == 6
 
 
-@pytest.mark.parametrize("checkpointing", ["reentrant", "not reentrant"])
-def test_several_batches_in_one_checkpoint(checkpointing):
+def test_several_batches_in_one_checkpoint():
     model = make_model()
     eager = Eager(copy.deepcopy(model))
     apply_normbt(model)
@@ -283,10 +389,26 @@ def test_several_batches_in_one_checkpoint(checkpointing):
         eager.loss(make_batch(seed=7 + seed)).backward()
         bt_loss(model, make_batch(seed=7 + seed)).backward()
         (eager.loss(batch) + eager.loss(batch)).backward()
-        under(checkpointing, lambda batch: bt_loss(model, batch) + bt_loss(model, batch), batch).backward()
+        under("not reentrant", lambda batch: bt_loss(model, batch) + bt_loss(model, batch), batch).backward()
     for gradient, expected in paired(model, eager.model):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     assert mu_of(model)[1] == 6
+
+
+@pytest.mark.parametrize("outer", ["none", "reentrant", "not reentrant"])
+def test_reentrant_checkpoint_around_the_head_is_refused_in_backward(outer):
+    model = make_model()
+    apply_normbt(model)
+    bt_loss(model, make_batch()).backward()
+    before, parameters = [value.clone() for value in mu_of(model)], gradients(model)
+    loss = under(outer, lambda batch: under("reentrant", partial(bt_loss, model), batch), make_batch())
+    with pytest.raises(
+        RuntimeError, match=r"head is inside a reentrant activation checkpoint: pass use_reentrant=False"
+    ):
+        loss.backward()
+    assert list(mu_of(model)) == before
+    assert parameters
+    assert not gradients(model)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -565,6 +687,31 @@ def test_model_that_scores_another_token_is_refused_in_backward():
     apply_normbt(model)
     with pytest.raises(ValueError, match="the loss depends on other tokens"):
         model(make_batch()["input_ids"]).pow(2).sum().backward()
+
+
+PENALTIES = {
+    "of rewards": lambda model, batch: torch.autograd.grad(
+        model(**batch).logits.sum(), model.score.weight, create_graph=True
+    )[0],
+    "of the loss": lambda model, batch: torch.autograd.grad(
+        bt_loss(model, batch), model.score.weight, create_graph=True
+    )[0],
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_gradient_penalty_is_refused(penalty):
+    model = make_model()
+    apply_normbt(model)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        PENALTIES[penalty](model, make_batch())
+
+
+def test_forward_mode_differentiation_is_refused():
+    head = nn.Linear(8, 1)
+    apply_normbt(head)
+    with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+        torch.func.jvp(head, (torch.randn(4, 8),), (torch.ones(4, 8),))
 
 
 def test_head_called_without_its_model_and_packed_sequences():

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
+from tests.step_ema import StepEMA, start
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 
@@ -27,13 +28,18 @@ class EagerNormBTTrainer(Trainer):
 
     def __init__(self, model, args, train_dataset, tokenizer):
         super().__init__(model, args, PreferenceCollator(tokenizer), train_dataset)
-        self.ema = reference.DistanceEMA()
+        self.ema = StepEMA()
         self.losses = []
         self.rows = None
         # The outermost module with one output, which is the one that the model calls.
         names = {name for name, module in model.named_modules() if getattr(module, "out_features", None) == 1}
         (head,) = (name for name in names if not any(name.startswith(f"{other}.") for other in names))
         model.get_submodule(head).register_forward_pre_hook(self.keep)
+
+    def create_optimizer(self):
+        optimizer = super().create_optimizer()
+        optimizer.register_step_post_hook(self.ema.end_step)
+        return optimizer
 
     def keep(self, module, args):
         self.rows = args[0]
@@ -102,6 +108,8 @@ def train(scenario, folder, loss=None, eager=False, **arguments):
         if eager
         else NormBTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, loss=loss)
     )
+    if not eager:
+        start(trainer.pair_loss)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer.train()
     moved = {

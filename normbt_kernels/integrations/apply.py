@@ -11,17 +11,20 @@ A hook on the head reads its input and hooks the gradient of its output; nothing
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from normbt_kernels.checks import LAYOUTS
-from normbt_kernels.integrations.head import ModelInputs, find_head
-from normbt_kernels.modules import LinearNormBTLoss
+from normbt_kernels.checks import LAYOUTS, row_pairs
+from normbt_kernels.integrations.head import ModelInputs, each_at, find_head
+from normbt_kernels.integrations.optimizer_steps import follow_optimizer_of
+from normbt_kernels.modules import DistanceEMA, inside_backward
+from normbt_kernels.ops.pairs import RowPairs
 
 Scale = Callable[[Tensor], Tensor]  # the gradient of a batch's logits under BT -> under NormBT
 
@@ -33,6 +36,7 @@ def apply_normbt(
     eps: float = 1e-6,
     max_weight: float | None = 100.0,
     head: nn.Linear | None = None,
+    power: float = 1.0,
 ) -> None:
     """Turns the Bradley-Terry loss that `model` is trained with, by any trainer, into NormBT: one line before training.
 
@@ -40,34 +44,46 @@ def apply_normbt(
     antisymmetric part of each pair's reward gradient is multiplied by the pair's NormBT weight. So BT with a margin
     or with label smoothing becomes exactly NormBT, and a centering term is left alone.
 
-    Each forward in training mode that needs gradients is one batch of pairs: it is weighed by the `mu` from before
-    it, and updates `mu` (as `NormBTLoss` does: shared by all ranks, first batch by its own mean, batches that are
-    not finite ignored). Any number of forwards may come before a backward, in any order of backwards; a forward
-    repeated by activation checkpointing, of a layer or of the whole model, counts once. In eval mode and without
-    gradients nothing happens: neither `mu` nor a gradient changes, and any number of sequences is welcome.
+    Each forward in training mode that needs gradients is a micro-batch of pairs. All those of one optimizer step are
+    weighed by the `mu` from before it, which moves once, when the step is over, by the mean over all their pairs and
+    all ranks (`NormBTLoss` says what holds for the first step and for distances that are not finite). Any optimizer of
+    this process that holds a parameter of the model ends the step: that of Trainer, accelerate (also with
+    `accumulate`), DeepSpeed, or a loop of your own. Where there is none, each forward is a step; where it keeps copies
+    of the parameters, `<head>.normbt.follow(optimizer)` says which one it is.
+
+    Any number of forwards may come before a backward, in any order of backwards. Activation checkpoints may be around
+    the layers, and around the head if they are not reentrant. In eval mode and without gradients nothing happens:
+    neither `mu` nor a gradient changes, and any number of sequences is welcome.
 
     Decoders are read at the token that transformers' classifiers score: the rightmost one that is not the pad token.
-    The first backward checks that the gradient reaches no other (the only time that the host waits for the device).
+    The first 16 backwards check that the gradient reaches no other, and that the two gradients of a pair cancel, but
+    for a multiple of r_c + r_r (centering), as they do if the layout is right. The host waits for the device there.
 
     `mu` and `num_updates` are buffers of a submodule `normbt` of the head. They are saved and restored with the
     model, whose own keys stay as they were: `from_pretrained` without this package loads the checkpoint and reports
-    two unexpected keys, and a checkpoint without them leaves a fresh `mu`. With peft, the head in `modules_to_save`
+    two unexpected keys (in the middle of an accumulation three: what is pending), and a checkpoint without them leaves
+    `mu` as it is. With peft, the head in `modules_to_save`
     carries them in the adapter; apply before or after `get_peft_model`, as fits.
 
     Args:
         model: the reward model, bare or wrapped (peft, DDP, `fully_shard`, `torch.compile`, which gets a graph break
             at the head).
         layout: which sequences of a batch are a pair: "halves" (i and i + N/2; TRL, OpenRLHF) or "interleaved" (2i and
-            2i + 1; RLHFlow), the chosen one first.
+            2i + 1; RLHFlow), the chosen one first. Or "apart": the chosen ones pass the model in one forward, the
+            rejected ones in the next; the loss may then have no centering term.
         beta: decay of the EMA, in [0, 1).
         eps: added to the distance, >= 0.
         max_weight: cap on the weights, None for no cap.
         head: the scalar head; without it, the last `Linear` with one output.
+        power: of the weight, as in `normbt_loss`.
 
     Raises:
         ValueError: the model has no scalar head or has NormBT already, or an argument is out of range. Later, in the
-            forward or backward that shows it: an odd number of sequences; a forward that does not call the head
-            (Liger, Unsloth); a model that scores other tokens; replicas of `nn.DataParallel`.
+            forward or backward that shows it: an odd number of sequences; a layout that does not match the batches; a
+            forward that does not call the head (Liger, Unsloth); a model that scores other tokens; replicas of
+            `nn.DataParallel`.
+        RuntimeError: in forward, differentiation in forward mode; in backward, a gradient that is differentiated again
+            (a gradient penalty), or a reentrant checkpoint around the head.
 
     Warns:
         UserWarning: the head is frozen, as under LoRA without `modules_to_save`.
@@ -76,9 +92,9 @@ def apply_normbt(
         raise ValueError(f"NormBT is already applied to this {type(model).__name__}: call remove_normbt(model) first")
     found = find_head(model, head)
     head = found.linear()
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    weights = PairWeights(layout, beta, eps, max_weight)
+    if layout not in (*LAYOUTS, "apart"):
+        raise ValueError(f"layout must be one of {(*LAYOUTS, 'apart')}, got {layout!r}")
+    weights = PairWeights(layout, beta, eps, max_weight, power)
     if found.warning_if_frozen():
         warnings.warn(found.warning_if_frozen(), stacklevel=2)
     weights.attach(head, found.owner)
@@ -103,14 +119,15 @@ def _applied(model: nn.Module) -> list[tuple[nn.Module, PairWeights]]:
     return [(model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)) for name in names]
 
 
-class PairWeights(LinearNormBTLoss):
+class PairWeights(DistanceEMA):
     """The weights of each batch that passes a head, and their EMA; the submodule `normbt` of that head."""
 
-    def __init__(self, layout: str, beta: float, eps: float, max_weight: float | None):
-        super().__init__(beta, eps, max_weight)
+    def __init__(self, layout: str, beta: float, eps: float, max_weight: float | None, power: float):
+        super().__init__(beta, eps, max_weight, power=power)
         self.layout = layout
-        self._first_passes = FirstPasses()
-        self._gradient_checked = False
+        self._chosen: Apart | None = None  # of layout "apart", until the rejected rows come
+        self._backwards_to_check = 16
+        self._knows_optimizers = False
         self._waits_for_weights = False
 
     def attach(self, head: nn.Linear, owner: nn.Module | None) -> None:
@@ -138,37 +155,87 @@ class PairWeights(LinearNormBTLoss):
                 "nn.DataParallel splits the pairs of a batch: start one process per GPU (torchrun or accelerate "
                 "launch), or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint repeats this forward inside backward
-            scale = self._first_passes.recall()
-            if scale is not None:
-                logits.register_hook(scale)
-        elif logits.requires_grad:
-            logits.register_hook(self._score_batch(hidden, inputs))
-        elif _will_be_repeated():
-            self._first_passes.keep(self._score_batch(hidden, inputs))
-
-    def _score_batch(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Scale:
-        """Weighs the batch, updates mu, and returns what the gradient of its logits goes through."""
+        if forward_ad.unpack_dual(logits).tangent is not None:
+            raise RuntimeError(
+                "apply_normbt weighs gradients in backward, and forward-mode differentiation has none: use NormBTLoss"
+            )
+        if not logits.requires_grad:
+            return
+        if inside_backward():
+            # Of a checkpoint that repeats the forward for its tensors alone, or runs backward through it (reentrant).
+            logits.register_hook(_refuse_reentrant_checkpoint)
+            return
+        if not self._knows_optimizers:
+            follow_optimizer_of(head if self._inputs.owner is None else self._inputs.owner, self)
+            self._knows_optimizers = True
         token = None if hidden.dim() == 2 else self._inputs.unpadded_token(inputs, hidden)
-        no_head = hidden.new_zeros(hidden.shape[-1])  # the rewards do not matter here
-        _, stats = self(hidden.detach(), no_head, pairs=self.layout, last_token=token, return_stats=True)
-        return partial(self._scale, stats.weight, token)
+        score = self._score_apart if self.layout == "apart" else self._score_pairs
+        logits.register_hook(score(hidden.detach(), token, logits.detach()))
 
-    def _scale(self, weight: Tensor, token: Tensor | None, gradient: Tensor) -> Tensor:
+    # --- a batch of pairs ---
+
+    def _score_pairs(self, hidden: Tensor, token: Tensor | None, logits: Tensor) -> Scale:
+        """Weighs the batch, and returns what the gradient of its logits goes through."""
+        weight, pooled = self.weigh(row_pairs(hidden, self.layout, token)), _pooled(token)
+        return partial(self._scale_pairs, weight, pooled, self._sides(logits[pooled]).sum(dim=0))
+
+    def _scale_pairs(self, weight: Tensor, pooled: tuple, reward_sum: Tensor, gradient: Tensor) -> Tensor:
         """The gradient of the logits under NormBT, in its own dtype, from that under BT; computed in fp32 or wider."""
-        pooled = (slice(None),) if token is None else (torch.arange(len(token), device=token.device), token)
-        if not self._gradient_checked:
-            self._check_gradient(pooled, gradient)
+        _refuse_second_backward()
         dtype = torch.promote_types(gradient.dtype, weight.dtype)
-        pairs = gradient[pooled].to(dtype)
-        chosen, rejected = pairs.view(2, -1) if self.layout == "halves" else pairs.view(-1, 2).T
+        chosen, rejected = self._sides(gradient[pooled]).to(dtype)
+        if self._backwards_to_check > 0:
+            self._check_tokens(pooled, gradient)
+            self._check_pairs(chosen, rejected, reward_sum.to(dtype), gradient.dtype)
         symmetric, antisymmetric = (chosen + rejected) / 2, weight * (chosen - rejected) / 2
         pairs = torch.stack([symmetric + antisymmetric, symmetric - antisymmetric])
         scaled = gradient.clone()
         scaled[pooled] = (pairs if self.layout == "halves" else pairs.T).reshape(-1, 1).to(gradient.dtype)
         return scaled
 
-    def _check_gradient(self, pooled: tuple, gradient: Tensor) -> None:
+    def _sides(self, column: Tensor) -> Tensor:
+        """(2P, 1) in the order of the layout -> (2, P), chosen and rejected."""
+        return column.view(2, -1) if self.layout == "halves" else column.view(-1, 2).T
+
+    # --- chosen and rejected apart ---
+
+    def _score_apart(self, hidden: Tensor, token: Tensor | None, logits: Tensor) -> Scale:
+        pooled = _pooled(token)
+        rows, batch = hidden[pooled], self._chosen
+        if batch is None:
+            batch = self._chosen = Apart(rows)
+        else:
+            self._chosen = None
+            if batch.chosen.shape != rows.shape:
+                raise ValueError(
+                    f"layout='apart': the chosen rows are {tuple(batch.chosen.shape)}, the rejected ones of the "
+                    f"forward after {tuple(rows.shape)}"
+                )
+            batch.weight = self.weigh(RowPairs(batch.chosen, rows, None, None, "apart"))
+        return partial(self._scale_apart, batch, pooled)
+
+    def _scale_apart(self, batch: Apart, pooled: tuple, gradient: Tensor) -> Tensor:
+        """A side's gradient under NormBT, which is no other than under BT but for the weight: nothing else is in it."""
+        _refuse_second_backward()
+        if batch.weight is None:
+            raise ValueError("layout='apart': a backward came before the forward on the rejected sequences")
+        side = gradient[pooled].view(-1).to(torch.promote_types(gradient.dtype, batch.weight.dtype))
+        if self._backwards_to_check > 0:
+            self._check_tokens(pooled, gradient)
+            if batch.gradient is not None:
+                self._check_pairs(batch.gradient, side, torch.zeros_like(side), gradient.dtype)
+            batch.gradient = side if batch.gradient is None else None
+        scaled = gradient.clone()
+        scaled[pooled] = (batch.weight * side).view(-1, 1).to(gradient.dtype)
+        return scaled
+
+    def end_step(self) -> None:
+        self._chosen = None  # of a forward that was no part of the training
+        super().end_step()
+
+    # --- what the first backwards show ---
+
+    def _check_tokens(self, pooled: tuple, gradient: Tensor) -> None:
         others = gradient.clone()
         others[pooled] = 0
         if others.any():
@@ -176,15 +243,31 @@ class PairWeights(LinearNormBTLoss):
                 "the loss depends on other tokens than the rightmost one that is not the pad token, at which NormBT "
                 "measures the distance: the model pools differently (is its pad token also the end of the text?)"
             )
-        self._gradient_checked = True
+
+    def _check_pairs(self, chosen: Tensor, rejected: Tensor, reward_sum: Tensor, dtype: torch.dtype) -> None:
+        """Under a Bradley-Terry loss the gradients of a pair cancel, but for centering, a multiple of r_c + r_r."""
+        rest = chosen + rejected
+        centering = (rest @ reward_sum / (reward_sum @ reward_sum)).nan_to_num(0, 0, 0).clamp(min=0)
+        largest = torch.maximum(chosen.abs(), rejected.abs()).max()
+        bound = (1e-3 + 4 * torch.finfo(dtype).eps) * largest
+        if not 0 < largest < float("inf"):
+            return
+        if (rest - centering * reward_sum).abs().max() > bound:
+            raise ValueError(
+                f"layout={self.layout!r} does not match the batches, as the gradients of its pairs do not cancel: "
+                "pass 'halves' (all chosen, then all rejected), 'interleaved' (in turn) or, without centering, 'apart' "
+                "(chosen in one forward, rejected in the next) to apply_normbt"
+            )
+        self._backwards_to_check -= 1
 
     # accelerate (FSDP2, cpu_ram_efficient_loading) sends a model to the meta device, shards it, and loads weights that
     # it takes to be sharded too. mu and num_updates are no weights: they stay, and are not named meanwhile.
     def _apply(self, fn, recurse=True):
-        kept = self.mu, self.num_updates
+        kept = dict(self._buffers), self.pending
         super()._apply(fn, recurse)
-        if self.mu.is_meta and not kept[0].is_meta:
-            self.mu, self.num_updates = kept
+        if self.mu.is_meta and not kept[0]["mu"].is_meta:
+            self._buffers.update(kept[0])
+            self.pending = kept[1]
             self._waits_for_weights = True
         return self
 
@@ -197,44 +280,34 @@ class PairWeights(LinearNormBTLoss):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, [], unexpected, errors)
         self._waits_for_weights = False
 
-
-class FirstPasses:
-    """What the batches under reentrant checkpoints are scaled by, kept from the first pass for the one in backward.
-
-    The first pass runs without gradients, in the order of forwards, and weighs the batch; the second runs inside
-    backward, whenever the engine comes to it, and has the graph. Autograd numbers each node when it makes it, so that
-    the passes of a checkpoint are those with the next numbers after the number of its node.
-    """
-
-    MAX_WAITING = 1024  # each is one weight per pair
-
-    def __init__(self):
-        self._passes: deque[tuple[int, Scale]] = deque(maxlen=self.MAX_WAITING)
-        self._checkpoint: tuple[int, int] | None = None
-        self._repeated = 0
-
-    def keep(self, scale: Scale) -> None:
-        self._passes.append((torch._C._autograd._get_sequence_nr(), scale))
-
-    def recall(self) -> Scale | None:
-        """The scale of the pass that is being repeated; None where the checkpoint is not reentrant, and the graph of
-        the first pass, with its hook, is the one that runs."""
-        if not self._passes:
-            return None
-        node = torch._C._current_autograd_node()._sequence_nr()
-        if len(self._passes) == self.MAX_WAITING and self._passes[0][0] > node:
-            raise ValueError(f"more than {self.MAX_WAITING} forwards under reentrant checkpoints await their backward")
-        checkpoint = torch._C._current_graph_task_id(), node
-        self._repeated = self._repeated + 1 if checkpoint == self._checkpoint else 0
-        self._checkpoint = checkpoint
-        within = [scale for number, scale in self._passes if number > node]
-        return within[self._repeated] if self._repeated < len(within) else None
-
-    def __reduce__(self):
-        return FirstPasses, ()  # a copy of the model has none of its graphs
+    def __getstate__(self):
+        return super().__getstate__() | {"_knows_optimizers": False}  # a copy is trained by another
 
 
-def _will_be_repeated() -> bool:
-    """Whether this is the forward of an autograd.Function, run without gradients to be repeated with them in backward,
-    as reentrant checkpoints do. `torch.no_grad` leaves forward-mode differentiation on; such a forward does not."""
-    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+@dataclass
+class Apart:
+    """Pairs whose sides pass the head in two forwards: what the first leaves for the second."""
+
+    chosen: Tensor  # (P, H)
+    weight: Tensor | None = None  # (P,), known in the second forward
+    gradient: Tensor | None = None  # (P,) of the side whose backward came first
+
+
+def _pooled(token: Tensor | None) -> tuple:
+    """What picks the rows that are scored, (N, ...), from (N, S, ...) or (N, ...)."""
+    return (slice(None),) if token is None else each_at(token)
+
+
+def _refuse_reentrant_checkpoint(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "the scalar head is inside a reentrant activation checkpoint: pass use_reentrant=False, or checkpoint the "
+        "layers before the head only"
+    )
+
+
+def _refuse_second_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "NormBT weighs the gradients of a loss, and cannot be differentiated twice (backward ran with "
+            "create_graph=True)"
+        )

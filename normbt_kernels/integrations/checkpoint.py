@@ -1,5 +1,5 @@
-"""The loss in a Trainer's checkpoints: saved and restored with the optimizer, being training state like it and no part
-of the model, so that anyone loads the model without this package. And which checkpoint is whole."""
+"""The loss in a Trainer's checkpoints: saved and restored beside the model and not as a part of it, so that anyone
+loads the model without this package. And which checkpoint is whole."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ LOSS_STATE_NAME = "normbt.pt"
 
 
 class LossInCheckpoints:
-    """Before a `Trainer` in the bases of a class: `self.pair_loss` goes into every checkpoint that holds the optimizer.
+    """Before a `Trainer` in the bases of a class: `self.pair_loss` goes into every checkpoint.
 
-    A resumed run continues with the mu that was saved. A checkpoint without one is warned about.
+    A resumed run continues with the mu that was saved, and the best model is evaluated with its own. A checkpoint
+    without one is warned about.
 
     A process that dies while it saves leaves a folder that is not whole. `train(resume_from_checkpoint=True)` passes
     over it to the one before: the `trainer_state.json` of a folder is written last, when every rank has written its
@@ -42,16 +43,14 @@ class LossInCheckpoints:
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:  # the state of an earlier run would make a folder look whole before it is
-            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
         state = self.pair_loss.state_dict()
-        if self.args.should_save and state:
-            write_whole(Path(output_dir, LOSS_STATE_NAME), lambda path: torch.save(state, path))
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            # The state of an earlier run would make a folder look whole before it is.
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            if state:
+                write_whole(folder / LOSS_STATE_NAME, lambda path: torch.save(state, path))
+        super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -59,13 +58,21 @@ class LossInCheckpoints:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.pair_loss.state_dict():
+        if checkpoint is not None:
+            self._load_loss(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_loss(self.state.best_model_checkpoint)
+
+    def _load_loss(self, checkpoint: str) -> None:
+        if not self.pair_loss.state_dict():
             return
         path = os.path.join(checkpoint, LOSS_STATE_NAME)
         if os.path.isfile(path):
             self.pair_loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         else:
-            logger.warning(f"{checkpoint} has no {LOSS_STATE_NAME}: mu starts anew from the next batch")
+            logger.warning(f"{checkpoint} has no {LOSS_STATE_NAME}: mu stays as it is")
 
 
 def last_whole_checkpoint(output_dir: str) -> str | None:

@@ -36,13 +36,15 @@ from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused
 from normbt_kernels.integrations.pooled_head import PooledHead
 from normbt_kernels.integrations.shortcuts import install_shortcuts, packing_for
 from normbt_kernels.integrations.trainer_data import PairsInTrainer
-from normbt_kernels.modules import DistanceEMA, LinearNormBTLoss, NormBTLoss
+from normbt_kernels.integrations.trainer_steps import LossInSteps
+from normbt_kernels.modules import LinearNormBTLoss, NormBTLoss
 
 logger = logging.get_logger(__name__)
 
 
 class PairAccuracy:
-    """`accuracy`: the share of pairs whose chosen reward is strictly greater; `margin`: the mean difference.
+    """`accuracy`: the share of pairs whose chosen reward is strictly greater; `margin`: the mean difference; `bt_loss`:
+    the plain Bradley-Terry loss, which no mu weighs, so that checkpoints can be compared by it.
 
     Of predictions at once, as one array or as a list of batches (`eval_do_concat_batches=False`); or of one batch after
     the other (`batch_eval_metrics=True`), the last with `compute_result=True`.
@@ -58,7 +60,7 @@ class PairAccuracy:
         if not compute_result:
             return {}
         margin, self._margins = np.concatenate(self._margins), []
-        return {"accuracy": (margin > 0).mean(), "margin": margin.mean()}
+        return {"accuracy": (margin > 0).mean(), "margin": margin.mean(), "bt_loss": np.logaddexp(0, -margin).mean()}
 
 
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -69,7 +71,7 @@ def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 # --- the trainer ---------------------------------------------------------------------------------------------------
 
 
-class NormBTTrainer(LossInCheckpoints, PairsInTrainer, Trainer):
+class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
     """`Trainer` for reward models, with NormBT as its loss.
 
     Takes any model whose final layer is a Linear with one output (encoder or decoder classifiers with `num_labels=1`).
@@ -84,16 +86,21 @@ class NormBTTrainer(LossInCheckpoints, PairsInTrainer, Trainer):
     states: in fp32, by `PooledHead`, where the weight is sharded (FSDP, ZeRO-3); as the head gives them where it is
     quantised or LoRA is on it. The log says which form is used, and why.
 
-    Ranks: gradients are averaged over ranks as DDP and FSDP do; `mu` is the mean over all ranks' pairs, by one
-    reduction of two floats per micro-batch. accelerate's `even_batches` (its default) gives every rank as many pairs,
-    so that both are what one process computes on the joined batch. Each rank reads its own batches: `dispatch_batches`
-    would cut them through the middle of the pairs, and is turned off.
+    `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks, which are
+    all weighed by the `mu` from before the step: accumulation does not change what is trained (`LossInSteps`).
+
+    Ranks: gradients are averaged over ranks as DDP and FSDP do; `mu` costs one reduction of two floats for each step.
+    accelerate's `even_batches` (its default) gives every rank as many pairs, so that both are what one process computes
+    on the joined batch. Each rank reads its own batches: `dispatch_batches` would cut them through the middle of the
+    pairs, and is turned off.
 
     Logs `mu`, `mean_distance`, `min_weight`, `mean_weight`, `max_weight`, `bt_loss` (unweighted, comparable between
     losses), `accuracy` and `margin` over all pairs since the last log, with one copy to the host; evaluation adds
-    `eval_loss`, `eval_accuracy` and `eval_margin`. No step between reads the loss: `logging_nan_inf_filter`, by which
-    Trainer would, is turned off. Where a loss is not finite, `bt_loss` shows it and `loss` counts the one before. The
-    state of the loss is saved in every checkpoint that holds the optimizer, and a resumed run continues with it.
+    `eval_loss`, `eval_accuracy`, `eval_margin` and `eval_bt_loss`. The last is the plain Bradley-Terry loss, which no
+    mu weighs: choose it for `metric_for_best_model`, as `eval_loss` measures each checkpoint by its own mu. No step
+    between reads the loss: `logging_nan_inf_filter`, by which Trainer would, is turned off. Where a loss is not finite,
+    `bt_loss` shows it and `loss` counts the one before. The state of the loss is saved in every checkpoint: a resumed
+    run continues with it, and the best model is evaluated with it.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`; without a
@@ -225,21 +232,23 @@ class NormBTTrainer(LossInCheckpoints, PairsInTrainer, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _loss_outputs_stats(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any, NormBTStats]:
-        num_rows = len(inputs["last_token"] if "last_token" in inputs else inputs["input_ids"])
-        if num_rows % 2:
-            raise ValueError(f"a batch holds all chosen sequences, then as many rejected: got {num_rows} sequences")
+        outputs, rows = self._outputs_and_rows(model, inputs)
         constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
-        self.head_reader.expect(inputs["input_ids"])
-        outputs = model(**{name: value for name, value in inputs.items() if name not in CONSTANTS})
-        rewards = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        rows = self.head_reader.take(rewards)
         self.pair_loss.train(model.training)  # evaluation does not move mu
         if self.fused:
             terms = (rows, self.head.weight, self.head.bias)
         else:
-            terms = (*rewards.reshape(num_rows).chunk(2), *rows.detach().chunk(2))
+            terms = (*_rewards(outputs).reshape(len(rows)).chunk(2), *rows.detach().chunk(2))
         loss, stats = self.pair_loss(*terms, **constants, return_stats=True)
         return loss, outputs, stats
+
+    def _outputs_and_rows(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
+        num_rows = len(inputs["last_token"] if "last_token" in inputs else inputs["input_ids"])
+        if num_rows % 2:
+            raise ValueError(f"a batch holds all chosen sequences, then as many rejected: got {num_rows} sequences")
+        self.head_reader.expect(inputs["input_ids"])
+        outputs = model(**{name: value for name, value in inputs.items() if name not in CONSTANTS})
+        return outputs, self.head_reader.take(_rewards(outputs))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`; returns the loss to be logged, or the last one that was finite."""
@@ -266,10 +275,12 @@ class NormBTTrainer(LossInCheckpoints, PairsInTrainer, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training step, not an evaluation
-            if isinstance(self.pair_loss, DistanceEMA):
-                self.pair_loss.synchronize()  # so that the mu that is logged includes the last batch
             logs |= self._totals.drain(self.accelerator.gather, getattr(self.pair_loss, "mu", None))
         super().log(logs, start_time)
+
+
+def _rewards(outputs: Any) -> Tensor:
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
 
 
 def _check_arguments(args: TrainingArguments) -> None:

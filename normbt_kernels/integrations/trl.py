@@ -23,6 +23,7 @@ from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
 from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger
 from normbt_kernels.integrations.shortcuts import install_shortcuts
+from normbt_kernels.integrations.trainer_steps import LossInSteps
 from normbt_kernels.modules import NormBTLoss
 
 logger = logging.get_logger(__name__)
@@ -43,19 +44,22 @@ METRICS = {
 }
 
 
-class NormBTRewardMixin(LossInCheckpoints):
+class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
     """Makes any `RewardTrainer` train with NormBT: `class Mine(NormBTRewardMixin, MyRewardTrainer)`.
 
     Replaces `compute_loss`; everything else is the trainer's own. `margin` and `center_rewards_coefficient` act as in
     TRL: the margin inside the sigmoid, the centering unweighted. Logs TRL's metrics, each the mean over the batches
     since the last log, and beside them `mu`, `mean_distance`, `bt_loss` (unweighted, comparable with TRL's `loss`) and
     the range and mean of the weights. They stay on the device until then: one copy to the host per log, in which
-    every rank must take part. The state of the loss is saved in every checkpoint that holds the optimizer, and a
-    resumed run continues with it.
+    every rank must take part. The state of the loss is saved in every checkpoint: a resumed run continues with it, and
+    the best model is evaluated with it; choose `eval_bt_loss` for `metric_for_best_model`.
+
+    `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks, which are
+    all weighed by the `mu` from before the step: accumulation does not change what is trained (`LossInSteps`).
 
     Args:
         *args, **kwargs: as the trainer takes them.
-        beta, eps, max_weight, process_group: as in `NormBTLoss`.
+        beta, eps, max_weight, process_group, power: as in `NormBTLoss`.
         late_pooling, padding_free: as in `install_shortcuts`, which packs each batch that TRL has padded.
 
     Raises:
@@ -80,6 +84,7 @@ class NormBTRewardMixin(LossInCheckpoints):
         process_group: dist.ProcessGroup | str | None = "default",
         late_pooling: bool = False,
         padding_free: bool = False,
+        power: float = 1.0,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -96,6 +101,7 @@ class NormBTRewardMixin(LossInCheckpoints):
             max_weight,
             center_coef=self.args.center_rewards_coefficient or 0.0,
             process_group=process_group,
+            power=power,
         ).to(self.args.device)
         self._unlogged: list[tuple[str, Tensor]] = []  # mode and (len(METRICS),) of each batch since the last log
 
@@ -122,6 +128,15 @@ class NormBTRewardMixin(LossInCheckpoints):
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of one batch `{input_ids (2B, S), attention_mask (2B, S), margin (B,)?}`, with the model's outputs
         if asked for."""
+        outputs, rows = self._outputs_and_rows(model, inputs)
+        self.pair_loss.train(self.model.training)  # evaluation does not move mu
+        loss, stats = self.pair_loss(
+            *outputs.logits.chunk(2), *rows.chunk(2), margin=inputs.get("margin"), return_stats=True
+        )
+        self._keep_metrics(stats, inputs["attention_mask"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _outputs_and_rows(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
         if inputs["input_ids"].shape[0] % 2:
             raise ValueError(
                 "a batch holds all chosen sequences, then as many rejected ones, got input_ids "
@@ -130,13 +145,7 @@ class NormBTRewardMixin(LossInCheckpoints):
         model_inputs = {name: value for name, value in inputs.items() if name != "margin"} | {"use_cache": False}
         self.head_reader.expect(inputs["input_ids"])
         outputs = model(**model_inputs)
-        rows = self.head_reader.take(outputs.logits).detach()
-        self.pair_loss.train(self.model.training)  # evaluation does not move mu
-        loss, stats = self.pair_loss(
-            *outputs.logits.chunk(2), *rows.chunk(2), margin=inputs.get("margin"), return_stats=True
-        )
-        self._keep_metrics(stats, inputs["attention_mask"])
-        return (loss, outputs) if return_outputs else loss
+        return outputs, self.head_reader.take(outputs.logits).detach()
 
     def _keep_metrics(self, stats: NormBTStats, attention_mask: Tensor) -> None:
         rewards = torch.cat([stats.chosen_rewards, stats.rejected_rewards])
@@ -160,7 +169,6 @@ class NormBTRewardMixin(LossInCheckpoints):
         """Appends each batch's metrics to the lists that `RewardTrainer.log` averages."""
         modes, of_rank = zip(*self._unlogged, strict=True)
         self._unlogged = []
-        self.pair_loss.synchronize()  # so that the mu that is logged includes the last batch
         of_ranks = self.accelerator.gather(torch.stack(of_rank))
         *values, mu = torch.cat([of_ranks.flatten(), self.pair_loss.mu.reshape(1)]).tolist()
         # values: (ranks, batches, metrics), row by row

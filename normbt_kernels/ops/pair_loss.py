@@ -448,9 +448,9 @@ def _launch_pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptio
     )
 
 
-def _weigh(distance: Tensor, mu: Mu, options: LossOptions) -> Tensor:
+def weigh_pairs(distance: Tensor, mu: Mu, options: LossOptions) -> Tensor:
     if mu.value is None and mu.tensor is None:
-        known = _weigh(distance, Mu(tensor=mu.ema.mu), options)
+        known = weigh_pairs(distance, Mu(tensor=mu.ema.mu), options)
         return torch.where(mu.ema.num_updates > 0, known, 1.0)
     weight = (mu.tensor if mu.value is None else mu.value) / (distance + options.eps)
     if options.power != 1:
@@ -490,7 +490,7 @@ def _compute_pair_loss(
         bt_loss = -F.logsigmoid(z)
         if smoothing != 0:
             bt_loss += smoothing * z
-        weight = pair_weight = _weigh(distance, mu, options)
+        weight = pair_weight = weigh_pairs(distance, mu, options)
         if scores.pair_weight is not None:
             pair_weight = (weight * scores.pair_weight[block]).to(dtype)
         loss = pair_weight * bt_loss

@@ -22,6 +22,7 @@ from normbt_kernels import LinearNormBTLoss, NormBTLoss
 from normbt_kernels.commands.losses import LinearBTLoss
 from normbt_kernels.integrations.head import HeadReader, find_head
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
+from normbt_kernels.modules import DistanceEMA
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 
@@ -212,6 +213,8 @@ def collectives(folder):
         batch = next(iter(trainer.get_train_dataloader()))
         with Collectives() as issued:
             trainer.training_step(trainer.model_wrapped, batch)
+            if isinstance(loss, DistanceEMA):
+                loss.end_step()  # what follows the optimizer's
         return issued.seen
 
     return {"normbt": of_second_step(LinearNormBTLoss()), "bt": of_second_step(LinearBTLoss())}

@@ -1,0 +1,65 @@
+"""mu in the steps of a Trainer: it moves where the trainer steps its optimizer, whatever engine does that for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from normbt_kernels.functional import pair_distance
+from normbt_kernels.modules import DistanceEMA
+
+
+class LossInSteps:
+    """Before a `Trainer` in the bases of a class: the mu of `self.pair_loss` moves once for each optimizer step.
+
+    All pairs of a step are weighed by the mu from before it. The first step has none: if it has several micro-batches,
+    they are passed through the model beforehand, without gradients and with the random numbers of the pass that trains,
+    and the mean over all of them weighs each. So the first step does not depend on how it is cut either.
+    """
+
+    pair_loss: nn.Module
+
+    def _outputs_and_rows(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
+        """The model's outputs for a batch, and the rows (2B, H) that its head reads, all chosen, then all rejected."""
+        raise NotImplementedError
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.pair_loss, DistanceEMA):
+            self.pop_callback(EndStep)
+            self.add_callback(EndStep(self))
+        return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As in `Trainer`: the micro-batches of one step. Before the first step, their mean distance is measured."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if num_batches > 1 and isinstance(self.pair_loss, DistanceEMA) and not self.pair_loss.first_step_ended:
+            self.pair_loss.begin_with(self._distances(batches))
+        return batches, num_items
+
+    @torch.no_grad()
+    def _distances(self, batches: list[Mapping[str, Tensor]]) -> list[Tensor]:
+        device, model = self.args.device, self.model_wrapped
+        model.train()
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type), self.compute_loss_context_manager():
+            rows = (self._outputs_and_rows(model, self._prepare_inputs(batch))[1] for batch in batches)
+            return [pair_distance(each) for each in rows]
+
+
+class EndStep(TrainerCallback):
+    """Ends the loss's step where the trainer has stepped its optimizer."""
+
+    def __init__(self, trainer: LossInSteps):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.pair_loss.per_step = True
+        self.trainer.pair_loss.pending.zero_()  # of gradients that the trainer has just dropped
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.pair_loss.end_step()
