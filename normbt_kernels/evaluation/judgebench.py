@@ -28,7 +28,7 @@ def parse(row: dict[str, Any], where: str) -> Question:
     """The question in one row of `ScalerLab/JudgeBench`: pair_id, source, question, response_A, response_B, label.
 
     Raises:
-        UserError: it is none.
+        UserError: the row is not such a question.
     """
     source, label = column(row, "source", str, where), column(row, "label", str, where)
     category = next((name for start, name in CATEGORIES.items() if source.startswith(start)), None)

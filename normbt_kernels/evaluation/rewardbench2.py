@@ -30,7 +30,7 @@ def parse(row: dict[str, Any], where: str) -> Question:
     """The question in one row of `allenai/reward-bench-2`: id, prompt, chosen [texts], rejected [texts], subset.
 
     Raises:
-        UserError: it is none.
+        UserError: the row is not such a question.
     """
     chosen, rejected = (column(row, name, list, where) for name in ("chosen", "rejected"))
     subset, name = (column(row, name, str, where) for name in ("subset", "id"))

@@ -25,7 +25,7 @@ def parse(row: dict[str, Any], where: str) -> Question:
     """The question in one row of `THU-KEG/RM-Bench`: id, prompt, chosen and rejected [three texts each], domain.
 
     Raises:
-        UserError: it is none.
+        UserError: the row is not such a question.
     """
     chosen, rejected = (column(row, name, list, where) for name in ("chosen", "rejected"))
     if not len(chosen) == len(rejected) == STYLES:

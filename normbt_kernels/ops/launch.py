@@ -1,9 +1,9 @@
 """The launch shapes: pure functions of the sizes, so they are tested without a GPU.
 
-A pass over pairs is bound by memory: what matters is that enough bytes are on their way at once, on every
-multiprocessor. Many pairs give that by themselves; few pairs are spread over as many programs as there are pairs.
-A pair is not split over programs: its loss would be known only in the next launch, which would have to read the rows
-again for the head's gradient, and one program already has both its rows on their way at once (512 threads of 8 loads).
+A pass over pairs is bound by memory, so enough bytes must be on their way at once on every multiprocessor. Many pairs
+give that by themselves; few pairs are spread over as many programs as there are pairs. A pair is not split over
+programs: its loss would be known only in the next launch, which would have to read the rows again for the head's
+gradient. One program already has both rows on their way at once (512 threads of 8 loads).
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 # Elements of one tile of rows. A program holds the chosen tile, the rejected tile, the head's weight and
 # its gradient in registers: 4096 elements over 8 warps are 16 of each per thread.
 TILE_ELEMENTS = 4096
-# Rows up to this (16384 columns of 16 bits, 8192 of fp32) are held whole in the registers of one program, 128 of each
-# of its 512 threads: delta, the head, and the head's gradient. Centering has the rejected row to keep as well.
+# Rows up to this size (16384 columns of 16 bits, 8192 of fp32) stay whole in the registers of one program, 128 of each
+# of its 512 threads: delta, the head, and the head's gradient. Centering keeps the rejected row as well.
 MAX_ROW_BYTES = 32768
 MAX_CENTERED_ROW_BYTES = 16384
-# Longer rows are walked in such blocks, and read a second time for the head's gradient.
+# Longer rows are read in blocks of this size, and a second time for the head's gradient.
 LONG_ROW_BLOCK_BYTES = 16384
-# Of a tile, for each warp: 16 elements in each of its threads.
+# Elements of a tile for each warp: 16 in each of its threads.
 ELEMENTS_PER_WARP = 512
 # Two programs for each multiprocessor overlap the loads of one with the reductions of the other. More than 16 warps of
-# up to 128 registers a thread find no room on one.
+# up to 128 registers a thread do not fit on one.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 WARPS_PER_MULTIPROCESSOR = 16
 # Elements of one tile of a gradient that is only written: 16 of them per thread at 8 warps. Twice as many spill
-# registers on sm_80 where H is odd, because every element then has an address of its own.
+# registers on sm_80 if H is odd, because every element then has its own address.
 WRITTEN_TILE_ELEMENTS = 4096
 # 32 warps of stores on each multiprocessor. Each program reads the head once, for all of its tiles.
 WRITING_PROGRAMS_PER_MULTIPROCESSOR = 4
