@@ -48,7 +48,9 @@ ARGUMENTS = {
 }
 
 
-def make_trainer(folder, rows, num_ranks, model=None, loss=None, trainer_class=NormBTTrainer, **arguments):
+def make_trainer(
+    folder, rows, num_ranks, model=None, loss=None, trainer_class=NormBTTrainer, shortcuts=False, **arguments
+):
     """A trainer whose joint batch is the same for any number of ranks."""
     defaults = {
         "save_strategy": "no",
@@ -58,7 +60,8 @@ def make_trainer(folder, rows, num_ranks, model=None, loss=None, trainer_class=N
     }
     args = TrainingArguments(str(folder), **ARGUMENTS | defaults | arguments)
     model = make_model() if model is None else model
-    return trainer_class(model, args, train_dataset=rows, processing_class=make_tokenizer(), loss=loss)
+    options = {"loss": loss, "late_pooling": shortcuts, "padding_free": shortcuts}
+    return trainer_class(model, args, train_dataset=rows, processing_class=make_tokenizer(), **options)
 
 
 def with_lora(model):
@@ -114,6 +117,12 @@ def ddp(folder):
     return state(trainer) | {"fused": trainer.fused, "eval": evaluation(trainer)}
 
 
+def ddp_by_shortcuts(folder):
+    trainer = make_trainer(folder, pairs(), dist.get_world_size(), shortcuts=True)
+    trainer.train()
+    return state(trainer) | {"eval": evaluation(trainer)}
+
+
 def ddp_resumed(folder):
     trainer = make_trainer(folder, pairs(), dist.get_world_size())
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
@@ -139,6 +148,14 @@ def lora(folder):
 
 def fsdp2(folder):
     """`fully_shard` by transformers itself, which its Trainer takes on any device (accelerate's does not on CPUs)."""
+    return sharded(folder)
+
+
+def fsdp2_by_shortcuts(folder):
+    return sharded(folder, shortcuts=True)
+
+
+def sharded(folder, shortcuts=False):
     from transformers.distributed import DistributedConfig
 
     if dist.get_rank() == 0:
@@ -147,7 +164,7 @@ def fsdp2(folder):
     model = AutoModelForSequenceClassification.from_pretrained(
         folder / "initial", distributed_config=DistributedConfig(fsdp_size=dist.get_world_size())
     )
-    trainer = make_trainer(folder, pairs(), dist.get_world_size(), model, LinearNormBTLoss())
+    trainer = make_trainer(folder, pairs(), dist.get_world_size(), model, LinearNormBTLoss(), shortcuts=shortcuts)
     trainer.train()
     return state(trainer) | {"fused": trainer.fused, "eval": evaluation(trainer)}
 
@@ -249,10 +266,10 @@ def subgroups(folder):
     return found
 
 
-SCENARIOS = (ddp, ddp_resumed, streamed, lora, fully_sharded_loop, collectives, overlap, subgroups)
+SCENARIOS = (ddp, ddp_by_shortcuts, ddp_resumed, streamed, lora, fully_sharded_loop, collectives, overlap, subgroups)
 TRAINER_TAKES_FSDP2 = hasattr(Trainer, "_defer_fsdp_gradient_reduction")  # of a model sharded at load time
 if TRAINER_TAKES_FSDP2:
-    SCENARIOS += (fsdp2,)
+    SCENARIOS += (fsdp2, fsdp2_by_shortcuts)
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))

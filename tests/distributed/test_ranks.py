@@ -33,6 +33,12 @@ def test_ddp_equals_one_process(results, single, assert_same_training):
     assert of_ranks[0]["eval"] == pytest.approx(single["eval"], rel=1e-4)
 
 
+def test_ddp_by_late_pooling_and_padding_free_equals_one_process(results, single, assert_same_training):
+    of_ranks = results("ddp_by_shortcuts")
+    assert_same_training(of_ranks, single)
+    assert of_ranks[0]["eval"] == pytest.approx(single["eval"], rel=1e-4)
+
+
 def test_ddp_resumed_equals_uninterrupted_bitwise(results):
     for whole, resumed in zip(results("ddp"), results("ddp_resumed"), strict=True):
         for name, expected in whole.items():
@@ -61,6 +67,13 @@ def test_fsdp2_equals_one_process(results, single, assert_same_training):
     of_ranks = results("fsdp2")
     assert_same_training(of_ranks, single)
     assert not any(result["fused"] for result in of_ranks)  # the weight is a DTensor
+    assert of_ranks[0]["eval"] == pytest.approx(single["eval"], rel=1e-4)
+
+
+@pytest.mark.skipif(not ranks.TRAINER_TAKES_FSDP2, reason="this Trainer takes no model that is sharded already")
+def test_fsdp2_by_late_pooling_and_padding_free_equals_one_process(results, single, assert_same_training):
+    of_ranks = results("fsdp2_by_shortcuts")
+    assert_same_training(of_ranks, single)
     assert of_ranks[0]["eval"] == pytest.approx(single["eval"], rel=1e-4)
 
 
