@@ -1,12 +1,16 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, over nothing that exists; and what an error has to do with the disk."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from normbt_kernels.errors import UserError
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -24,3 +28,57 @@ def write_json(path: Path, content: Any) -> None:
     """Writes `content` as the file `path`, whole. Raises ValueError for a number that is not finite."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+# --- before anything is loaded -------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError if `folder` is there and is none, or if it, or the one to make it in, cannot be written to."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{there} is a file, not a folder")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def check_new_file(path: Path, option: str) -> None:
+    """Raises UserError if `path`, which `option` named, exists, or its folder is none that can be written to."""
+    if path.exists():
+        raise UserError(f"{option} {path} exists, and nothing is overwritten: choose another {option}")
+    check_folder(path.parent)
+
+
+def free_path(first: Path) -> Path:
+    """`first`, or with -2, -3, ... before its suffix the first one that is free."""
+    path, number = first, 2
+    while path.exists():
+        path, number = first.with_name(f"{first.stem}-{number}{first.suffix}"), number + 1
+    return path
+
+
+# --- afterwards ----------------------------------------------------------------------------------------------------
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """What an exception, or one that it comes from, says about a file that could not be written; None if nothing.
+
+    The libraries that write models turn the system's error into text of their own.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM):
+            return f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+        for number in NO_ROOM:  # safetensors
+            if f"(os error {number})" in text:
+                return f"the model cannot be written: {os.strerror(number)}"
+        if "PytorchStreamWriter failed" in text or "inline_container" in text:
+            return "the checkpoint cannot be written: is the disk full?"
+        error = error.__cause__ or error.__context__
+    return None

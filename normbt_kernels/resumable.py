@@ -63,14 +63,27 @@ def _begin(file: Any, header: bytes) -> list[Any]:
 
 
 def fingerprint(model: nn.Module, rows: Sequence[dict[str, Any]], *settings: Any) -> str:
-    """Names the work by what it depends on: configuration, weights, buffers, token ids and settings, whatever the files
+    """Names the work by what it depends on: configuration, weights, buffers, pairs and settings, whatever the files
     are called."""
+    parts = (settings, model_fingerprint(model), rows_fingerprint(rows), torch.__version__)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Names a model by its configuration, weights and buffers, and by which of them are trained."""
     config = model.config.to_dict() if hasattr(model, "config") else {}
     config.pop("_name_or_path", None)
-    digest = hashlib.sha256(repr((settings, sorted(config.items()), torch.__version__)).encode())
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def rows_fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+    """Names pairs by their token ids and whatever else a row says."""
+    digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr([list(row["chosen_ids"]), list(row["rejected_ids"])]).encode())
+        plain = {name: list(map(int, value)) if name.endswith("_ids") else value for name, value in row.items()}
+        digest.update(repr(sorted(plain.items())).encode())
     return digest.hexdigest()

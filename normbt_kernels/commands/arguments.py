@@ -58,6 +58,15 @@ class TrainOptions:
     )
     eval_split: str = _option("test", "split of --eval-dataset, if that is a hub id", metavar="NAME")
     eval_fraction: float = _option(0.05, "share of --dataset held out when there is no --eval-dataset", metavar="F")
+    column: tuple[str, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "what the data set calls a column: chosen=response_j rejected=response_k",
+            "nargs": "+",
+            "metavar": "NAME=COLUMN",
+        },
+    )
+    chat_template: str | None = _text("Jinja file with the chat template, in place of the tokenizer's", "FILE")
     loss: tuple[str, ...] | None = field(
         default=None,
         metadata={
@@ -67,6 +76,18 @@ class TrainOptions:
             "(default: normbt; without --model: bt normbt)",
             "choices": LOSS_NAMES,
             "nargs": "+",
+        },
+    )
+    seeds: int = _option(
+        1, "train with so many seeds, from --seed on; the table then gives means with intervals", metavar="N"
+    )
+    learning_rate: tuple[float, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "of the optimizer (default: 5e-5); with several, each loss is trained at each one",
+            "type": float,
+            "nargs": "+",
+            "metavar": "F",
         },
     )
     beta: float = _option(0.9, "NormBT: decay of the running mean distance mu", metavar="F")
@@ -91,6 +112,17 @@ class TrainOptions:
     padding_free: bool = _switch(
         "compute no token of padding: the sequences of a batch stand side by side (likewise, and decoders only)"
     )
+    lora_r: int | None = _option(None, "train LoRA matrices of this rank, and the head", type=int, metavar="N")
+    lora_alpha: int | None = _option(None, "scale of LoRA (default: twice the rank)", type=int, metavar="N")
+    lora_target: tuple[str, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "layers that get LoRA, by name, or all-linear (default: those that peft chooses)",
+            "nargs": "+",
+            "metavar": "NAME",
+        },
+    )
+    dry_run: bool = _switch("look at the data, and stop before anything is trained or written")
     dtype: str = _option(
         "float32",
         "dtype of the weights; float32 with --bf16 is mixed precision",
@@ -108,12 +140,22 @@ def check_train_options(options: TrainOptions) -> None:
         ("center_coef", options.center_coef, 0 <= options.center_coef < float("inf"), "finite and >= 0"),
         ("eval_fraction", options.eval_fraction, 0 < options.eval_fraction < 1, "between 0 and 1"),
         ("max_length", options.max_length, options.max_length >= 1, "at least 1"),
+        ("seeds", options.seeds, options.seeds >= 1, "at least 1"),
+        ("lora_r", options.lora_r, options.lora_r is None or options.lora_r >= 1, "at least 1"),
     ):
         if not fits:
-            raise UserError(f"{_flag(name)} must be {expected}, got {value}")
+            raise UserError(f"{flag(name)} must be {expected}, got {value}")
     losses = options.loss or ()
     if len(set(losses)) < len(losses):
         raise UserError(f"--loss names a loss twice: {' '.join(losses)}")
+    rates = options.learning_rate or ()
+    if len(set(rates)) < len(rates):
+        raise UserError(f"--learning-rate names one twice: {' '.join(map(str, rates))}")
+    for column in options.column or ():
+        if "=" not in column:
+            raise UserError(f"--column {column}: expected NAME=COLUMN, such as chosen=response_j")
+    if options.lora_r is None and (options.lora_alpha is not None or options.lora_target is not None):
+        raise UserError("--lora-alpha and --lora-target need --lora-r")
     if options.label_smoothing is not None and not any(name.endswith("-smoothing") for name in losses):
         raise UserError("--label-smoothing is for bt-smoothing and normbt-smoothing: choose one of them with --loss")
 
@@ -124,13 +166,14 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         kwargs = dict(option.metadata)
         if option.default not in (None, False):
             kwargs["help"] += " (default: %(default)s)"
-        parser.add_argument(_flag(option.name), default=option.default, **kwargs)
+        parser.add_argument(flag(option.name), default=option.default, **kwargs)
 
 
 def normalize_flags(command_line: Sequence[str]) -> list[str]:
     """`--output_dir=x` as `--output-dir=x`: Trainer's options are known by both spellings, so ours are too."""
-    return [re.sub(r"^--[^=]+", lambda match: _flag(match[0][2:]), word) for word in command_line]
+    return [re.sub(r"^--[^=]+", lambda match: flag(match[0][2:]), word) for word in command_line]
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """An option as it is typed."""
     return "--" + name.replace("_", "-")

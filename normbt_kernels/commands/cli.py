@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,9 +19,11 @@ from normbt_kernels.commands.arguments import (
     TrainOptions,
     add_train_options,
     check_train_options,
+    flag,
     normalize_flags,
 )
 from normbt_kernels.errors import UserError
+from normbt_kernels.files import check_new_file, disk_trouble, free_path
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -106,17 +109,32 @@ command continues where it was.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own) and returns the exit code."""
     parser = _parser()
-    arguments, others = parser.parse_known_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    command_line = normalize_flags(sys.argv[1:] if argv is None else argv)
+    arguments, others = parser.parse_known_args(command_line)
+    arguments.command_line = command_line
     if others and arguments.command is not _train:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        known += ["--" + name.replace("_", "-") for name in vars(arguments)]
+        parser.error(f"unrecognized arguments: {' '.join(others)}{_did_you_mean(others, known)}")
     try:
         return arguments.command(arguments, others)
-    except UserError as error:
-        print(f"normbt: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    except Exception as error:
+        return _say(error)
+    except KeyboardInterrupt as stop:
+        return _say(stop)
+
+
+def _say(error: BaseException) -> int:
+    """Says in one line what stopped a command, and returns its exit code; a fault of ours is shown whole."""
+    if isinstance(error, KeyboardInterrupt):
         print("\nnormbt: interrupted", file=sys.stderr)
         return 130
+    line = str(error) if isinstance(error, UserError) else disk_trouble(error)
+    if line is None:
+        traceback.print_exception(error)
+        return 1
+    print(f"normbt: error: {line}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,7 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_truncate(evaluate)
     _add_device_options(evaluate, batch_size=16, dtypes=("auto", "float32", "bfloat16", "float16"))
-    evaluate.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there too")
+    evaluate.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="write the results there too; it must not exist"
+    )
     evaluate.set_defaults(command=_evaluate)
     diagnose = commands.add_parser(
         "diagnose",
@@ -193,9 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument(
         "--out",
         type=Path,
-        default=Path("normbt-diagnosis.json"),
         metavar="FILE.json",
-        help="where the results go (default: %(default)s)",
+        help="where the results go, which must not exist (default: normbt-diagnosis.json, or -2, -3, ...)",
     )
     diagnose.set_defaults(command=_diagnose)
     export = commands.add_parser(
@@ -258,7 +277,9 @@ def _positive(text: str) -> int:
 
 def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
     _check_extra()
+    from normbt_kernels.commands import run_folder
     from normbt_kernels.commands import train as run
+    from normbt_kernels.commands.train_job import built_in_job, user_job
     from normbt_kernels.data.built_in import find_built_in
 
     if arguments.help_trainer:
@@ -273,11 +294,28 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
         raise UserError("--output-dir is required with --model")
     if options.output_dir is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--output-dir is required where several processes train: they must all write to one folder")
-    defaults = {"output_dir": options.output_dir or str(_free_folder(Path(DEMO_OUTPUT_DIR)))}
+    import torch
+
+    defaults = {"dataloader_pin_memory": torch.accelerator.is_available()}  # else it warns in the middle of the bar
+    defaults |= {"output_dir": options.output_dir or str(free_path(Path(DEMO_OUTPUT_DIR)))}
     args = _training_arguments(trainer_arguments, defaults | (from_scratch.training_defaults if from_scratch else {}))
-    run.check_folders(args)
-    job = run.built_in_job(from_scratch, options, args.seed) if from_scratch else run.user_job(options, args.seed)
-    run.run(job, options, args)
+    if options.learning_rate is not None:
+        args.learning_rate = options.learning_rate[0]
+    output_dir = Path(args.output_dir)
+    if args.process_index == 0 and not options.dry_run:
+        run_folder.check(output_dir, args.resume_from_checkpoint)
+    job = built_in_job(from_scratch, options, args.seed) if from_scratch else user_job(options, args.seed)
+    print(*job.said, sep="\n", flush=True)
+    if options.dry_run:
+        return 0
+    try:
+        run.run(job, options, args, keep_checkpoints=any(word.startswith("--save") for word in trainer_arguments))
+    except (Exception, KeyboardInterrupt) as error:
+        code = _say(error)
+        line = run_folder.continuing(arguments.command_line, output_dir)
+        if line is not None and args.process_index == 0:
+            print(f"to continue: {line}", file=sys.stderr)
+        return code
     return 0
 
 
@@ -287,12 +325,28 @@ def _training_arguments(command_line: list[str], defaults: dict[str, Any]) -> Tr
     parser = _trainer_parser()
     parser.set_defaults(**defaults)
     try:
-        (args,) = parser.parse_args_into_dataclasses(args=command_line)
+        args, others = parser.parse_args_into_dataclasses(args=command_line, return_remaining_strings=True)
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
+    if others:
+        known = [*parser._option_string_actions, *map(flag, (option.name for option in fields(TrainOptions)))]
+        raise UserError(f"unrecognized arguments: {' '.join(others)}{_did_you_mean(others, known)}")
+    if args.batch_eval_metrics or not args.eval_do_concat_batches:
+        raise UserError(
+            "--batch-eval-metrics and --eval-do-concat-batches False are not taken: the report needs all rewards"
+        )
     if args.n_gpu > 1:
         print(f"using 1 of {args.n_gpu} GPUs; for all: torchrun --nproc-per-node {args.n_gpu} -m normbt_kernels train")
     return one_device(args)
+
+
+def _did_you_mean(words: Sequence[str], known: Sequence[str]) -> str:
+    """A known option like the first unknown one, as a question; nothing if none is like it."""
+    import difflib
+
+    option = next((word.split("=")[0] for word in words if word.startswith("--")), "")
+    close = difflib.get_close_matches(option.replace("_", "-"), [name for name in known if "_" not in name], 1, 0.75)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _trainer_parser() -> argparse.ArgumentParser:
@@ -300,13 +354,6 @@ def _trainer_parser() -> argparse.ArgumentParser:
 
     usage = "normbt train [options], see normbt train --help"
     return HfArgumentParser(TrainingArguments, prog="normbt train", usage=usage, allow_abbrev=False)
-
-
-def _free_folder(first: Path) -> Path:
-    folder, number = first, 2
-    while folder.exists():
-        folder, number = first.with_name(f"{first.name}-{number}"), number + 1
-    return folder
 
 
 def _evaluate(arguments: argparse.Namespace, others: list[str]) -> int:
@@ -341,10 +388,14 @@ def _checked_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The flags of `arguments` by name, with a device that is there, and a place for the results."""
     import torch
 
-    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    options = {name: value for name, value in vars(arguments).items() if not name.startswith("command")}
+    if arguments.command is _diagnose and options["out"] is None:
+        options["out"] = free_path(Path("normbt-diagnosis.json"))
     out = options["out"]
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
         raise UserError(f"--out {out}: expected a file name that ends in .json, in a folder that exists")
+    for path in () if out is None else (out, out.with_suffix(".png")):
+        check_new_file(path, "--out")
     if options["device"] is None:
         options["device"] = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:

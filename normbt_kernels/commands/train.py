@@ -3,130 +3,27 @@
 from __future__ import annotations
 
 import copy
-import random
+import io
+import shlex
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
+from transformers import ProgressCallback, TrainingArguments, set_seed
+from transformers.utils import logging
 
-from normbt_kernels.commands import finished
+from normbt_kernels.commands import run_folder
 from normbt_kernels.commands import train_report as report
 from normbt_kernels.commands.arguments import TrainOptions
 from normbt_kernels.commands.losses import loss_rows, make_loss
-from normbt_kernels.data import STDLIB_FAULTS
-from normbt_kernels.data.built_in import BuiltIn
-from normbt_kernels.data.checkpoints import checkpoint_position_limit, load_model, load_training_tokenizer
-from normbt_kernels.data.preferences import Preference, load_preferences
-from normbt_kernels.data.tokens import LeftOut, prepare
-from normbt_kernels.errors import UserError
+from normbt_kernels.commands.train_job import Job
 from normbt_kernels.integrations.checkpoint import last_whole_checkpoint
 from normbt_kernels.integrations.transformers import NormBTTrainer
-
-FINISHED_NAME = "finished.npz"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every loss is trained and judged on. `make_model` draws new weights from torch's current seed."""
-
-    model_name: str
-    dataset_name: str
-    make_model: Callable[[], PreTrainedModel]
-    tokenizer: PreTrainedTokenizerBase
-    train_rows: Sequence[dict[str, Any]]
-    eval_rows: Sequence[dict[str, Any]]
-    losses: Sequence[str]
-
-
-def built_in_job(built_in: BuiltIn, options: TrainOptions, seed: int) -> Job:
-    """A data set that needs no download, and its model. The held-out pairs are the same whatever the seed."""
-    torch.set_num_threads(1)  # more gain nothing on models this small, and lose much where cores are shared
-    tokenizer = built_in.make_tokenizer()
-    return Job(
-        model_name=built_in.model_name,
-        dataset_name=built_in.name,
-        make_model=lambda: built_in.make_model(tokenizer),
-        tokenizer=tokenizer,
-        train_rows=_rows(built_in.pairs("train", seed), "training", tokenizer, options),
-        eval_rows=_rows(built_in.pairs("test", seed), "held-out", tokenizer, options),
-        losses=options.loss or ("bt", "normbt"),
-    )
-
-
-def user_job(options: TrainOptions, seed: int) -> Job:
-    """The user's checkpoint and pairs.
-
-    Raises:
-        UserError: what cannot be read, or leaves nothing to train or to judge on.
-    """
-    train_pairs = load_preferences(options.dataset, options.dataset_config, options.dataset_split)
-    if options.eval_dataset is not None:
-        eval_pairs = load_preferences(options.eval_dataset, options.dataset_config, options.eval_split)
-    elif options.dataset == STDLIB_FAULTS:
-        eval_pairs = load_preferences(options.dataset, None, "test")  # modules that are not trained on
-    else:
-        eval_pairs = None
-    losses = options.loss or ("normbt",)
-    if train_pairs[0].margin is not None and not any("-margin" in name for name in losses):
-        print(f"the pairs have margins, which --loss {' '.join(losses)} leaves unused; normbt-margin uses them")
-    tokenizer = load_training_tokenizer(options.model)
-    positions = checkpoint_position_limit(options.model)
-    train_rows = _rows(train_pairs, "training", tokenizer, options, positions)
-    if eval_pairs is None:
-        train_rows, eval_rows = _hold_out(train_rows, options.eval_fraction, seed)
-    else:
-        eval_rows = _rows(eval_pairs, "held-out", tokenizer, options, positions)
-    return Job(
-        model_name=options.model,
-        dataset_name=options.dataset,
-        make_model=lambda: load_model(options.model, tokenizer, options.dtype, new_head=True),
-        tokenizer=tokenizer,
-        train_rows=train_rows,
-        eval_rows=eval_rows,
-        losses=losses,
-    )
-
-
-def _rows(
-    pairs: Sequence[Preference],
-    kind: str,
-    tokenizer: PreTrainedTokenizerBase,
-    options: TrainOptions,
-    positions: int | None = None,
-) -> list[dict[str, Any]]:
-    limit = min(options.max_length, tokenizer.model_max_length, positions or options.max_length)
-    left_out = LeftOut(limit, options.keep_identical)
-    prepared = prepare(pairs, tokenizer, left_out, truncate=options.truncate, kind=f"{kind} pairs")
-    for reason in prepared.left_out:
-        print(f"left out: {reason} ({kind})")
-    for remark in prepared.remarks:
-        print(f"{kind}: {remark}")
-    return prepared.rows
-
-
-def _hold_out(rows: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
-    num_eval = max(1, round(fraction * len(rows)))
-    if num_eval >= len(rows):
-        raise UserError(f"holding out {num_eval} of {len(rows)} pairs leaves none to train on (--eval-fraction)")
-    shuffled = random.Random(seed).sample(rows, len(rows))
-    return shuffled[num_eval:], shuffled[:num_eval]
-
-
-def check_folders(args: TrainingArguments) -> None:
-    """Before anything is loaded: a run overwrites results only where it resumes what made them.
-
-    Raises:
-        UserError: `args.output_dir` already holds results, or there is no checkpoint folder to resume from.
-    """
-    resume = args.resume_from_checkpoint
-    if resume not in (None, "last") and not Path(resume).is_dir():
-        raise UserError(f"--resume-from-checkpoint {resume}: no such folder (or say: last)")
-    if resume is None and (Path(args.output_dir) / report.RESULTS_NAME).exists():
-        raise UserError(f"{args.output_dir} already holds {report.RESULTS_NAME}: choose another --output-dir")
+from normbt_kernels.resumable import model_fingerprint, rows_fingerprint
 
 
 def one_device(args: TrainingArguments) -> TrainingArguments:
@@ -135,39 +32,74 @@ def one_device(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
-def run(job: Job, options: TrainOptions, args: TrainingArguments) -> None:
-    """Trains with each loss into `args.output_dir`/<loss>, then writes the comparison beside them."""
+@dataclass(frozen=True)
+class Trial:
+    """One model to train; `name` is its folder. `column` is what is said of it together with those of other seeds."""
+
+    loss: str
+    learning_rate: float
+    seed: int
+    name: str
+    column: str
+
+
+def trials(options: TrainOptions, losses: Sequence[str], args: TrainingArguments) -> list[Trial]:
+    """Every loss at every learning rate with every seed; seed by seed, so that a stopped grid is a smaller grid."""
+    rates = options.learning_rate or (args.learning_rate,)
+    seeds = range(args.seed, args.seed + options.seeds)
+    made = []
+    for seed in seeds:
+        for rate in rates:
+            for loss in losses:
+                column = loss if len(rates) == 1 else f"{loss} {rate:g}"
+                name = loss + (f"-lr{rate:g}" if len(rates) > 1 else "") + (f"-seed{seed}" if len(seeds) > 1 else "")
+                made.append(Trial(loss, rate, seed, name, column))
+    return made
+
+
+def run(job: Job, options: TrainOptions, args: TrainingArguments, keep_checkpoints: bool) -> None:
+    """Trains every trial into `args.output_dir`/<trial>, then writes the comparison beside them.
+
+    Checkpoints are there to continue a trial. Unless `keep_checkpoints`, a finished one has no use for its own.
+    """
     output_dir = Path(args.output_dir)
-    print(f"{len(job.train_rows)} training pairs, {len(job.eval_rows)} held-out pairs, on {args.device}", flush=True)
     rows = {name: (loss_rows(name, job.train_rows), loss_rows(name, job.eval_rows)) for name in job.losses}
-    settings = finished.settings(options, args)
-    files = {name: output_dir / name / FINISHED_NAME for name in job.losses}
-    trained = {}
-    if args.resume_from_checkpoint == "last":
-        found = {name: finished.load(path, settings) for name, path in files.items()}
-        trained = {name: result for name, result in found.items() if result is not None}
-        for name in trained:
-            print(f"{name} is trained already")
-    for name in job.losses:
-        if name not in trained:
-            trained[name] = _train(name, *rows[name], job, options, args)
+    set_seed(args.seed)
+    prints = {
+        "training pairs": rows_fingerprint(job.train_rows),
+        "held-out pairs": rows_fingerprint(job.eval_rows),
+        "model": model_fingerprint(job.make_model()),
+    }
+    made_from = run_folder.made_from(options, args, **prints)
+    if args.process_index == 0:
+        run_folder.begin(output_dir, made_from)
+    columns: dict[str, list[report.Trained]] = {}
+    planned = trials(options, job.losses, args)
+    for trial in planned:
+        folder = output_dir / trial.name
+        trained = run_folder.load_finished(folder) if args.resume_from_checkpoint == "last" else None
+        if trained is not None:
+            print(f"{trial.name} is trained already")
+        else:
+            trained = _train(trial, *rows[trial.loss], job, options, args)
             if args.process_index == 0:
-                finished.save(files[name], trained[name], settings)
-    trained = {name: trained[name] for name in job.losses}
+                run_folder.save_finished(folder, trained)
+                if not keep_checkpoints:
+                    run_folder.remove_checkpoints(folder)
+        columns.setdefault(trial.column, []).append(trained)
     if args.process_index > 0:
         return
-    results = report.compare(trained, job.eval_rows, job.model_name, job.dataset_name, args)
+    results = report.compare(columns, job.eval_rows, job.model_name, job.dataset_name, args)
+    results |= {"data": job.data, "made_from": made_from, "command": shlex.join(["normbt", *sys.argv[1:]])}
     print(report.table(results))
     for path in report.write(results, output_dir):
         print(f"wrote {path}")
-    for name in job.losses:
-        print(
-            f"wrote {output_dir / name}: AutoModelForSequenceClassification.from_pretrained({str(output_dir / name)!r})"
-        )
+    for trial in planned:
+        print(f"wrote {output_dir / trial.name}{run_folder.how_to_load(output_dir / trial.name)}")
 
 
 def _train(
-    name: str,
+    trial: Trial,
     train_rows: Sequence[dict[str, Any]],
     eval_rows: Sequence[dict[str, Any]],
     job: Job,
@@ -175,40 +107,65 @@ def _train(
     args: TrainingArguments,
 ) -> report.Trained:
     args = copy.copy(args)
-    args.output_dir = str(Path(args.output_dir) / name)
+    args.output_dir = str(Path(args.output_dir) / trial.name)
+    args.seed, args.learning_rate = trial.seed, trial.learning_rate
     set_seed(args.seed)  # the same initial weights for every loss; Trainer seeds the data order alike
+    with quiet_progress_bars(), redirect_stdout(io.StringIO()):  # which says what it said for the fingerprint
+        model = job.make_model()
     trainer = NormBTTrainer(
-        job.make_model(),
+        model,
         args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=job.tokenizer,
-        loss=make_loss(name, options),
+        loss=make_loss(trial.loss, options),
+        keep_identical=True,  # what is left out was left out before
         late_pooling=options.late_pooling,
         padding_free=options.padding_free,
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossOnTheBar(name))
+        trainer.add_callback(LossOnTheBar(trial.name))
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_checkpoint(args))
-    seconds = time.perf_counter() - start
-    trainer.save_model()
+    with quiet_progress_bars():  # of files that are read and written: a bar of their own in the middle of ours
+        trainer.train(resume_from_checkpoint=_checkpoint(args))
+        seconds = time.perf_counter() - start
+        trainer.save_model()
     prediction = trainer.predict(eval_rows)
     return report.Trained(
-        *prediction.predictions, metrics=prediction.metrics, history=trainer.state.log_history, seconds=seconds
+        *prediction.predictions,
+        metrics=prediction.metrics,
+        history=trainer.state.log_history,
+        seconds=seconds,
+        learning_rate=trial.learning_rate,
+        seed=trial.seed,
     )
 
 
+@contextmanager
+def quiet_progress_bars() -> Iterator[None]:
+    """Without transformers' own bars, such as "Writing model shards"; Trainer's is not one of them."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _checkpoint(args: TrainingArguments) -> str | None:
-    """`--resume-from-checkpoint last` is the last whole one in each loss's own folder; anything else is a path."""
+    """`--resume-from-checkpoint last` is the last whole one in each trial's own folder; anything else is a path."""
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint
+    if args.save_only_model:
+        print(f"the checkpoints in {args.output_dir} hold the model alone (--save-only-model): begun anew")
+        return None
     return last_whole_checkpoint(args.output_dir)
 
 
 class LossOnTheBar(ProgressCallback):
-    """Trainer's progress bar with the latest loss and accuracy on it, in place of a printed line for each log."""
+    """Trainer's progress bar with the latest Bradley-Terry loss and accuracy, in place of a line for each log."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -219,6 +176,12 @@ class LossOnTheBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description(self.name)
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        super().on_prediction_step(args, state, control, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("held-out pairs")
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", accuracy=f"{logs['accuracy']:.3f}")
+            # Unweighted, so that the losses can be compared: NormBT's own is scaled by its weights.
+            self.training_bar.set_postfix(bt_loss=f"{logs['bt_loss']:.3f}", accuracy=f"{logs['accuracy']:.3f}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,41 +48,105 @@ class Trained:
     metrics: dict[str, float]
     history: list[dict[str, float]]
     seconds: float
+    learning_rate: float
+    seed: int
 
     @property
     def correct(self) -> np.ndarray:
         return self.chosen_rewards > self.rejected_rewards
 
 
+def label(column: str) -> str:
+    """What a column is called: a loss, and its learning rate where there are several."""
+    loss, _, rate = column.partition(" ")
+    return f"{LABELS[loss]} {rate}".strip()
+
+
+def _look(column: str, columns: Sequence[str]) -> dict[str, Any]:
+    """How a column is drawn: its loss by colour, its learning rate, of several, by how strong that is."""
+    loss, _, rate = column.partition(" ")
+    rates = list(dict.fromkeys(name.partition(" ")[2] for name in columns))
+    return {"color": COLORS[loss], "alpha": 1 - 0.65 * rates.index(rate) / len(rates), "label": label(column)}
+
+
+# --- figures -----------------------------------------------------------------------------------------------------
+
+
 def compare(
-    trained: dict[str, Trained], rows: Sequence[dict[str, Any]], model: str, dataset: str, args: TrainingArguments
+    columns: dict[str, list[Trained]], rows: Sequence[dict[str, Any]], model: str, dataset: str, args: TrainingArguments
 ) -> dict[str, Any]:
-    """The content of results.json. The thirds go by the distances under the first model: the same pairs for all."""
-    reference = next(iter(trained))
-    groups = _groups(rows, trained[reference].distance)
+    """The content of results.json, of the models of each column, one for each seed. The thirds go by the distances
+    under the first model: the same pairs for all."""
+    reference = next(iter(columns))
+    groups = _groups(rows, columns[reference][0].distance)
+    seeds = [trained.seed for trained in columns[reference]]
+    against = {column: _baseline(column, columns) for column in columns}
     return {
         "versions": versions(),
         "model": model,
         "dataset": dataset,
         "device": str(args.device),
         "seed": args.seed,
+        "seeds": seeds,
         "num_eval_pairs": len(rows),
         "distance_reference": reference,
+        "intervals_are": f"95%, over {'seeds' if len(seeds) > 1 else 'held-out pairs'}",
         "groups": [
-            {
-                "kind": kind,
-                "name": name,
-                "num_pairs": int(members.sum()),
-                "accuracy": {loss: float(result.correct[members].mean()) for loss, result in trained.items()},
-            }
+            {"kind": kind, "name": name, "num_pairs": int(members.sum())} | _figures(columns, against, members)
             for kind, name, members in groups
         ],
-        "losses": {
-            loss: {"seconds": result.seconds, "metrics": result.metrics, "history": result.history}
-            for loss, result in trained.items()
-        },
+        "losses": {column: _history(trained) for column, trained in columns.items()},
         "training_arguments": args.to_dict(),
     }
+
+
+def _history(trained: list[Trained]) -> dict[str, Any]:
+    runs = [{"seconds": run.seconds, "metrics": run.metrics, "history": run.history} for run in trained]
+    return runs[0] if len(runs) == 1 else runs[0] | {"runs": runs}
+
+
+def _baseline(column: str, columns: dict[str, list[Trained]]) -> str | None:
+    """The first column with the same learning rate; None for that one itself."""
+    rate = columns[column][0].learning_rate
+    first = next(name for name, trained in columns.items() if trained[0].learning_rate == rate)
+    return None if first == column else first
+
+
+def _figures(columns: dict[str, list[Trained]], against: dict[str, str | None], members: np.ndarray) -> dict[str, Any]:
+    """Accuracy of one group of pairs by column, and the paired difference from the column's baseline."""
+    correct = {name: np.array([run.correct[members] for run in runs]) for name, runs in columns.items()}  # (seeds, P)
+    differences = {}
+    for name, first in against.items():
+        if first is not None:
+            difference = correct[name].astype(float) - correct[first]
+            mean, interval = _mean_and_interval(difference)
+            differences[name] = {
+                "from": first,
+                "mean": mean,
+                "interval": interval,
+                "disagree": float((difference != 0).sum(1).mean()),
+                "right_where_they_disagree": float((difference > 0).sum(1).mean()),
+            }
+    figures = {name: _mean_and_interval(of_column) for name, of_column in correct.items()}
+    return {
+        "accuracy": {name: mean for name, (mean, _) in figures.items()},
+        "interval": {name: interval for name, (_, interval) in figures.items()},
+        "difference": differences,
+    }
+
+
+def _mean_and_interval(values: np.ndarray) -> tuple[float, float | None]:
+    """Mean of `(seeds, P)` and half its 95% interval: over the seeds, or over the pairs where there is one seed."""
+    sample = values.mean(1) if len(values) > 1 else values[0].astype(float)
+    if len(sample) < 2:
+        return float(sample.mean()), None
+    return float(sample.mean()), float(_t_quantile(len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample)))
+
+
+def _t_quantile(freedom: int) -> float:
+    """The 0.975 quantile of Student's t, to 0.02 where it is no longer tabulated."""
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.6 / freedom
 
 
 def _groups(rows: Sequence[dict[str, Any]], distance: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
@@ -102,24 +166,56 @@ def _groups(rows: Sequence[dict[str, Any]], distance: np.ndarray) -> list[tuple[
 
 
 def table(results: dict[str, Any]) -> str:
-    """Held-out accuracy by group, one column per loss."""
-    losses = list(results["losses"])
-    columns = {loss: max(9, len(LABELS[loss]) + 2) for loss in losses}
+    """Held-out accuracy by group, one column per loss; then each one's difference from the first, pair by pair."""
+    columns = list(results["losses"])
+    widths = {column: max(9, len(label(column)) + 2) for column in columns}
     width = max(len(group["name"]) for group in results["groups"]) + 12
-    header = "".join(f"{LABELS[loss]:>{column}}" for loss, column in columns.items())
+    header = "".join(f"{label(column):>{widths[column]}}" for column in columns)
     lines = ["", f"{'held-out accuracy':{width}}{'pairs':>7}{header}"]
-    previous = ""
-    for group in results["groups"]:
-        kind = group["kind"] if group["kind"] != previous else ""
-        previous = group["kind"]
-        accuracies = "".join(f"{group['accuracy'][loss]:{column}.3f}" for loss, column in columns.items())
-        lines.append(f"{kind:10}{group['name']:{width - 10}}{group['num_pairs']:7}{accuracies}")
+    for heading, group in _with_headings(results["groups"]):
+        figures = "".join(f"{_rounded(group['accuracy'][c], group['num_pairs']):>{widths[c]}}" for c in columns)
+        lines.append(f"{heading}{group['name']:{width - 10}}{group['num_pairs']:7}{figures}")
+    for column, difference in results["groups"][0]["difference"].items():
+        title = f"{label(column)} - {label(difference['from'])}"
+        lines += ["", f"{title:{width}}{'pairs':>7}{'difference':>20}{'disagree':>10}{'right there':>13}"]
+        lines += [
+            _difference_line(heading, group, column, width) for heading, group in _with_headings(results["groups"])
+        ]
+    seeds = results["seeds"]
     lines += [
         "",
-        f"Distance: ||h_chosen - h_rejected|| in the {LABELS[results['distance_reference']]} model, for every column.",
-        f"One seed ({results['seed']}): another seed gives other numbers. Repeat with --seed before you conclude.",
+        f"Distance: ||h_chosen - h_rejected|| in the {label(results['distance_reference'])} model, for every column.",
+        f"Differences are of the same pairs; +- is an interval of {results['intervals_are']}.",
+        f"One seed ({seeds[0]}): another seed gives other numbers. Repeat with --seeds 5 before you conclude."
+        if len(seeds) == 1
+        else f"Means over {len(seeds)} seeds, {seeds[0]} to {seeds[-1]}.",
     ]
     return "\n".join(lines)
+
+
+def _with_headings(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each group with its kind, ten characters wide, where that is another one than before."""
+    previous = ""
+    for group in groups:
+        yield f"{group['kind'] if group['kind'] != previous else '':10}", group
+        previous = group["kind"]
+
+
+def _difference_line(heading: str, group: dict[str, Any], column: str, width: int) -> str:
+    difference, pairs = group["difference"][column], group["num_pairs"]
+    text = _rounded(difference["mean"], pairs, sign=True)
+    if difference["interval"] is not None:
+        text += f" +- {difference['interval']:.3f}"
+    return (
+        f"{heading}{group['name']:{width - 10}}{pairs:7}{text:>20}"
+        f"{difference['disagree']:10.0f}{difference['right_where_they_disagree']:13.0f}"
+    )
+
+
+def _rounded(share: float, num_pairs: int, sign: bool = False) -> str:
+    """A share of `num_pairs` with no more decimals than they can tell apart."""
+    decimals = 3 if num_pairs >= 100 else 2 if num_pairs >= 10 else 1
+    return f"{share:+.{decimals}f}" if sign else f"{share:.{decimals}f}"
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -156,44 +252,60 @@ def _plain(value: Any) -> Any:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Training loss, held-out accuracy over the steps (where it was evaluated), and accuracy by group."""
+    """Training loss, held-out accuracy over the steps (where it was evaluated), accuracy by group, and each loss's
+    difference from the first one, with intervals."""
     import matplotlib.pyplot as plt
 
-    losses = list(results["losses"])
-    histories = {loss: results["losses"][loss]["history"] for loss in losses}
+    columns, groups = list(results["losses"]), results["groups"][::-1]  # so that the first group is on top
+    histories = {column: results["losses"][column]["history"] for column in columns}
     curves = [
         ("bt_loss", "Bradley-Terry loss, unweighted", "training pairs"),
         ("eval_accuracy", "accuracy", "held-out pairs"),
     ]
     curves = [curve for curve in curves if all(any(curve[0] in entry for entry in log) for log in histories.values())]
+    compared = list(groups[0]["difference"])
+    height = max(4.2, 1.2 + len(groups) * max(0.28, 0.16 * len(columns)))
     figure, (axes,) = plt.subplots(
         1,
-        len(curves) + 1,
-        figsize=(4.2 * (len(curves) + 1) + 1.5, 4.2),
-        width_ratios=[1] * len(curves) + [1.5],
+        len(curves) + 1 + bool(compared),
+        figsize=(4.2 * len(curves) + 7 + 4 * bool(compared), height),
+        width_ratios=[1] * len(curves) + [1.5] + [1] * bool(compared),
         layout="constrained",
         squeeze=False,
     )
-    for axis, (key, label, title) in zip(axes, curves, strict=False):
-        for loss in losses:
-            points = [(entry["step"], entry[key]) for entry in histories[loss] if key in entry]
-            axis.plot(*zip(*points, strict=True), color=COLORS[loss], label=LABELS[loss], linewidth=2)
-        axis.set(xlabel="step", ylabel=label, title=title)
-        axis.legend(frameon=False)
+    for axis, (key, text, title) in zip(axes, curves, strict=False):
+        for column in columns:
+            points = [(entry["step"], entry[key]) for entry in histories[column] if key in entry]
+            axis.plot(*zip(*points, strict=True), **_look(column, columns), linewidth=2)
+        axis.set(xlabel="step", ylabel=text, title=f"{title}, seed {results['seed']}")
 
-    bars, groups = axes[-1], results["groups"][::-1]  # so that the first group is on top
-    height = 0.8 / len(losses)
-    for i, loss in enumerate(losses):
-        centres = np.arange(len(groups)) + (len(losses) - 1 - 2 * i) * height / 2
-        above_chance = [group["accuracy"][loss] - 0.5 for group in groups]
-        drawn = bars.barh(centres, above_chance, height, left=0.5, color=COLORS[loss])
-        labels = [f"{group['accuracy'][loss]:.3f}" for group in groups]
-        bars.bar_label(drawn, labels, padding=3, fontsize=8)
-    bars.set_yticks(range(len(groups)), [group["name"] for group in groups])
+    bars = axes[len(curves)]
+    thickness = 0.8 / len(columns)
+    for i, column in enumerate(columns):
+        centres = np.arange(len(groups)) + (len(columns) - 1 - 2 * i) * thickness / 2
+        shares = np.array([group["accuracy"][column] for group in groups])
+        drawn = bars.barh(centres, shares - 0.5, thickness, left=0.5, **_look(column, columns))
+        bars.bar_label(drawn, [_rounded(g["accuracy"][column], g["num_pairs"]) for g in groups], padding=3, fontsize=7)
+    bars.set_yticks(range(len(groups)), [f"{group['name']} ({group['num_pairs']})" for group in groups], fontsize=8)
     lowest = min(value for group in groups for value in group["accuracy"].values())
-    bars.set(xlim=(min(0.45, lowest - 0.1), 1.08), xlabel="accuracy (0.5 is guessing)")
-    bars.set_title(f"held-out pairs, seed {results['seed']}")
+    bars.set(xlim=(min(0.45, lowest - 0.1), 1.08), ylim=(-0.6, len(groups) - 0.4), xlabel="accuracy (0.5 is guessing)")
+    bars.set_title("held-out pairs")
+
+    if compared:
+        differences = axes[-1]
+        for i, column in enumerate(compared):
+            centres = np.arange(len(groups)) + (len(compared) - 1 - 2 * i) * 0.4 / len(compared)
+            means = [group["difference"][column]["mean"] for group in groups]
+            halves = [group["difference"][column]["interval"] or 0.0 for group in groups]
+            differences.errorbar(means, centres, xerr=halves, fmt="o", markersize=4, **_look(column, columns))
+        differences.axvline(0, color="#444444", linewidth=0.8)
+        differences.set_yticks(range(len(groups)), [])
+        differences.set(ylim=(-0.6, len(groups) - 0.4), xlabel=f"difference, {results['intervals_are']}")
+        differences.set_title(f"less {label(groups[0]['difference'][compared[0]]['from'])}, same pairs")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *bars.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(columns)), frameon=False
+    )
     figure.savefig(path, dpi=150, format="png")
     plt.close(figure)

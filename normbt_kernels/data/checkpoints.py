@@ -6,7 +6,7 @@ for a head, and say so; we refuse a checkpoint in which anything else is missing
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -255,6 +255,35 @@ def _load_adapter(name: str, base_name: str, base: PreTrainedModel, missing: lis
                 "not saved (task_type='SEQ_CLS' or modules_to_save in LoraConfig does both)"
             )
     return model
+
+
+def add_lora(model: nn.Module, rank: int, alpha: int | None, targets: Sequence[str] | None) -> nn.Module:
+    """`model` with LoRA matrices to train in place of its weights, and its head, which is trained in full.
+
+    Args:
+        model: a sequence classifier, or an adapter on one, which is refused.
+        rank, alpha: of the matrices; alpha is twice the rank if None.
+        targets: names of layers, or "all-linear"; peft's own choice for the architecture if None.
+
+    Raises:
+        UserError: peft is not installed, or knows no such layers.
+    """
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError as error:
+        raise UserError("--lora-r needs peft: pip install peft") from error
+    if isinstance(model, PeftModel):
+        raise UserError("--model is an adapter already, which is trained on as it is: leave --lora-r out")
+    chosen = targets[0] if targets is not None and len(targets) == 1 and targets[0] == "all-linear" else targets
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=chosen
+            ),
+        )
+    except ValueError as error:
+        raise UserError(f"--lora-target: {first_line(error)}") from error
 
 
 # --- limits --------------------------------------------------------------------------------------------------------

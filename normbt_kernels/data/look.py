@@ -1,0 +1,97 @@
+"""A look at the data before anything is trained on it: ten lines, and a refusal where training would be hopeless."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from normbt_kernels.data.tokens import SIDES, Prepared, Row, is_identical, num_tokens
+from normbt_kernels.errors import UserError
+
+MOSTLY_UNKNOWN = 0.5  # share of unknown tokens from which a tokenizer is none of these texts
+
+
+def look(
+    train: Prepared, held_out: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: float
+) -> tuple[dict[str, Any], list[str]]:
+    """Figures about the pairs, for the record, and the lines that tell them.
+
+    Args:
+        train: the training pairs, with what was left out of them.
+        held_out: the rows that are judged on.
+        tokenizer: says which tokens are unknown.
+        max_length: the limit that pairs were held to.
+
+    Raises:
+        UserError: most tokens are unknown; or all held-out pairs are trained on.
+    """
+    lengths = np.array([num_tokens(row) for row in train.rows])
+    keys = [_key(row) for row in train.rows]
+    trained_on = set(keys)
+    known = {
+        "training_pairs": len(train.rows),
+        "held_out_pairs": len(held_out),
+        "tokens_median": float(np.median(lengths)),
+        "tokens_95_percent": float(np.quantile(lengths, 0.95)),
+        "tokens_max": int(lengths.max()),
+        "max_length": max_length,
+        "left_out": train.left_out,
+        "identical_pairs": sum(map(is_identical, train.rows)),
+        "repeated_pairs": len(keys) - len(trained_on),
+        "reversed_pairs": sum(key[::-1] in trained_on for key in trained_on) // 2,
+        "held_out_pairs_trained_on": sum(_key(row) in trained_on for row in held_out),
+        "unknown_tokens": _unknown(train.rows, tokenizer),
+        "longer_side_chosen": _longer_side_chosen(train.rows),
+    }
+    if known["unknown_tokens"] > MOSTLY_UNKNOWN:
+        raise UserError(
+            f"{known['unknown_tokens']:.0%} of the tokens are unknown to the tokenizer: it is not made for these texts"
+        )
+    if known["held_out_pairs_trained_on"] == len(held_out):
+        raise UserError("every held-out pair is a training pair too: give --eval-dataset other pairs")
+    return known, _lines(known, train)
+
+
+def _key(row: Row) -> tuple[bytes, bytes]:
+    chosen, rejected = (np.asarray(row[name], dtype=np.int32).tobytes() for name in SIDES)
+    return chosen, rejected
+
+
+def _unknown(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> float:
+    if tokenizer.unk_token_id is None:
+        return 0.0
+    unknown = sum(int((np.asarray(row[name]) == tokenizer.unk_token_id).sum()) for row in rows for name in SIDES)
+    return unknown / sum(len(row[name]) for row in rows for name in SIDES)
+
+
+def _longer_side_chosen(rows: Sequence[Row]) -> float | None:
+    """Of the pairs whose sides differ in length."""
+    longer = Counter(np.sign(len(row["chosen_ids"]) - len(row["rejected_ids"])) for row in rows)
+    return longer[1] / (longer[1] + longer[-1]) if longer[1] + longer[-1] else None
+
+
+def _lines(known: dict[str, Any], train: Prepared) -> list[str]:
+    lines = [
+        f"{known['training_pairs']} training pairs, {known['held_out_pairs']} held-out pairs",
+        f"tokens of the longer side: median {known['tokens_median']:.0f}, 95% up to {known['tokens_95_percent']:.0f}, "
+        f"most {known['tokens_max']}; the limit is {known['max_length']:.0f}",
+        *(f"left out: {reason}" for reason in train.left_out),
+        *train.remarks,
+    ]
+    if known["longer_side_chosen"] is not None:
+        lines.append(f"the longer side is the chosen one in {known['longer_side_chosen']:.0%} of the pairs")
+    for name, what in (
+        ("identical_pairs", "training pairs have the same tokens on both sides, and are kept"),
+        ("repeated_pairs", "training pairs are there more than once"),
+        ("reversed_pairs", "training pairs are there with both labels"),
+        ("held_out_pairs_trained_on", "held-out pairs are training pairs too: accuracy on them is no measure"),
+    ):
+        if known[name]:
+            lines.append(f"{known[name]} {what}")
+    if known["unknown_tokens"]:
+        lines.append(f"{known['unknown_tokens']:.1%} of the tokens are unknown to the tokenizer")
+    return lines
