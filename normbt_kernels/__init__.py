@@ -1,9 +1,30 @@
-"""NormBT for reward models as fused Triton kernels: the distance-normalised Bradley-Terry loss (arXiv:2512.06343)."""
+"""NormBT for reward models as fused Triton kernels: the distance-normalised Bradley-Terry loss (arXiv:2512.06343).
+
+The names are imported when they are first used: the command line says its help and version without PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from normbt_kernels._version import __version__
-from normbt_kernels.functional import NormBTStats, linear_normbt_loss, normbt_loss, pair_distance
-from normbt_kernels.integrations.apply import apply_normbt, remove_normbt
-from normbt_kernels.modules import LinearNormBTLoss, NormBTLoss
+
+if TYPE_CHECKING:
+    from normbt_kernels.functional import NormBTStats, linear_normbt_loss, normbt_loss, pair_distance
+    from normbt_kernels.integrations.apply import apply_normbt, remove_normbt
+    from normbt_kernels.modules import LinearNormBTLoss, NormBTLoss
+
+_HOMES = {
+    "LinearNormBTLoss": "modules",
+    "NormBTLoss": "modules",
+    "NormBTStats": "functional",
+    "apply_normbt": "integrations.apply",
+    "linear_normbt_loss": "functional",
+    "normbt_loss": "functional",
+    "pair_distance": "functional",
+    "remove_normbt": "integrations.apply",
+}
 
 __all__ = [
     "LinearNormBTLoss",
@@ -16,3 +37,14 @@ __all__ = [
     "pair_distance",
     "remove_normbt",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -170,8 +170,8 @@ def test_bf16_ties_count_as_wrong_even_where_fp32_would_break_them(tmp_path, cap
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     reports = {}
     for dtype in ("float32", "bfloat16"):
-        assert run_cli(checkpoint, "--dataset", data, "--dtype", dtype, "--out", tmp_path / "out.json") == 0
-        reports[dtype] = json.loads((tmp_path / "out.json").read_text())
+        assert run_cli(checkpoint, "--dataset", data, "--dtype", dtype, "--out", tmp_path / f"{dtype}.json") == 0
+        reports[dtype] = json.loads((tmp_path / f"{dtype}.json").read_text())
     assert (reports["float32"]["all_pairs"], reports["float32"]["num_ties"]) == (1.0, 0)
 
     own = [own_rewards(checkpoint, rows, torch.bfloat16, answer) for answer in ("chosen", "rejected")]
@@ -312,11 +312,12 @@ def test_an_interrupted_run_says_so_and_writes_no_results(tmp_path, demo_checkpo
 
     monkeypatch.setattr(evaluation.PreferenceCollator, "__call__", interrupted)
     out = tmp_path / "out.json"
-    out.write_text("older results")
     assert run_cli(demo_checkpoint, "--batch-size", 500, "--out", out) == 130
     assert "normbt: interrupted" in capsys.readouterr().err
-    assert out.read_text() == "older results"
+    assert not out.exists()
     assert run_cli(demo_checkpoint, "--batch-size", 500, "--out", out) == 0
+    assert run_cli(demo_checkpoint, "--batch-size", 500, "--out", out) == 2
+    assert "exists, and nothing is overwritten: choose another --out" in capsys.readouterr().err
     assert calls == [500, 500, 500, 500, 500]  # two before, one in vain, the two that were missing
     assert json.loads(out.read_text())["num_pairs"] == 2000
 

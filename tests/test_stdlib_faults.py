@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from normbt_kernels.commands.train import user_job
+from normbt_kernels.commands.train_job import user_job
 from normbt_kernels.data import stdlib_faults
 from normbt_kernels.data.preferences import load_preferences
 from normbt_kernels.data.stdlib_faults import faults, functions, split_pairs

@@ -58,8 +58,13 @@ def write_jsonl(path, rows):
 
 
 def text_rows(num_rows):
+    """Pairs of which no two are the same."""
     numbers = ["two", "four", "five", "six"]
-    return [{"chosen": f"add {numbers[i % 4]}", "rejected": f"add {numbers[(i + 1) % 4]} two"} for i in range(num_rows)]
+    ends = [f"{first} {second}" for first in numbers for second in numbers]
+    texts = [
+        (f"add {numbers[i % 4]} {ends[i // 4]}", f"add {numbers[(i + 1) % 4]} {ends[i // 4]} two") for i in range(64)
+    ]
+    return [{"chosen": chosen, "rejected": rejected} for chosen, rejected in texts[:num_rows]]
 
 
 def chat_rows(num_rows):
@@ -83,7 +88,7 @@ def test_train_without_arguments_compares_bt_and_normbt(tmp_path):
     command = normbt("train", "--max-steps", 10, "--eval-steps", 10, cwd=tmp_path)
     output = tmp_path / "normbt-demo-2"
     assert not list((tmp_path / "normbt-demo").iterdir())
-    assert sorted(path.name for path in output.iterdir()) == ["bt", "normbt", "results.json", "results.png"]
+    assert sorted(path.name for path in output.iterdir()) == ["bt", "normbt", "results.json", "results.png", "run.json"]
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
     results = json.loads((output / "results.json").read_text())
@@ -175,9 +180,9 @@ def test_causal_lm_and_conversations_become_a_reward_model(tmp_path, causal_lm):
 def test_reward_model_trains_on_from_parquet(tmp_path, causal_lm, capsys):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    rows = [row | {"category": f"kind {i % 2}"} for i, row in enumerate(text_rows(16))]
+    rows = [row | {"category": f"kind {i % 2}"} for i, row in enumerate(text_rows(21))]
     data, held_out = tmp_path / "pairs.parquet", tmp_path / "held-out.json"
-    parquet.write_table(pyarrow.Table.from_pylist(rows), data)
+    parquet.write_table(pyarrow.Table.from_pylist(rows[5:]), data)
     held_out.write_text(json.dumps(rows[:5]))
     for model, output in ((causal_lm, tmp_path / "first"), (tmp_path / "first" / "normbt", tmp_path / "second")):
         code = run_cli("train", "--model", model, "--dataset", data, "--eval-dataset", held_out,

@@ -729,6 +729,15 @@ def test_forward_that_skips_the_head_found_is_refused(tokenizer, tmp_path):
         trainer.train()
 
 
+def test_pairs_with_the_same_tokens_on_both_sides_are_left_out(tokenizer, tmp_path):
+    rows = make_dataset(6, margin=False).to_list()
+    rows[2]["rejected_ids"] = rows[2]["chosen_ids"]
+    trainer = make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, Dataset.from_list(rows))
+    assert trainer.train_dataset.to_list() == [row for i, row in enumerate(rows) if i != 2]
+    with pytest.raises(ValueError, match="1 of 1 pairs are the same tokens on both sides"):
+        make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, Dataset.from_list(rows[2:3]))
+
+
 def test_data_without_the_columns_are_refused_with_those_they_have(tokenizer, tmp_path):
     rows = [{"question": "a", "chosen": "b"}]
     for dataset in (Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):

@@ -93,6 +93,7 @@ class TrainOptions:
     beta: float = _option(0.9, "NormBT: decay of the running mean distance mu", metavar="F")
     eps: float = _option(1e-6, "NormBT: added to each distance", metavar="F")
     max_weight: float = _option(100.0, "NormBT: cap on a pair's weight; inf for none", metavar="F")
+    power: float = _option(1.0, "NormBT: power of the weight; 1 is the paper, 0 plain Bradley-Terry", metavar="F")
     label_smoothing: float | None = _option(
         None,
         f"probability that a label is wrong, for the losses named -smoothing (default: {DEFAULT_SMOOTHING})",
@@ -136,6 +137,7 @@ def check_train_options(options: TrainOptions) -> None:
         ("beta", options.beta, 0 <= options.beta < 1, "in [0, 1)"),
         ("eps", options.eps, 0 <= options.eps < float("inf"), "finite and >= 0"),
         ("max_weight", options.max_weight, options.max_weight > 0, "greater than 0"),
+        ("power", options.power, 0 <= options.power < float("inf"), "finite and >= 0"),
         ("label_smoothing", options.label_smoothing, 0 <= (options.label_smoothing or 0) < 1, "in [0, 1)"),
         ("center_coef", options.center_coef, 0 <= options.center_coef < float("inf"), "finite and >= 0"),
         ("eval_fraction", options.eval_fraction, 0 < options.eval_fraction < 1, "between 0 and 1"),

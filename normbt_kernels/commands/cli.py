@@ -394,8 +394,8 @@ def _checked_options(arguments: argparse.Namespace) -> dict[str, Any]:
     out = options["out"]
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
         raise UserError(f"--out {out}: expected a file name that ends in .json, in a folder that exists")
-    for path in () if out is None else (out, out.with_suffix(".png")):
-        check_new_file(path, "--out")
+    if out is not None:
+        check_new_file(out, "--out")
     if options["device"] is None:
         options["device"] = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:

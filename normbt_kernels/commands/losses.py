@@ -55,6 +55,7 @@ def make_loss(name: str, options: TrainOptions) -> nn.Module:
         beta=options.beta,
         eps=options.eps,
         max_weight=options.max_weight,
+        power=options.power,
         label_smoothing=smoothing,
         center_coef=options.center_coef,
     )

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 from trl import RewardTrainer
 
+from normbt_kernels.data.tokens import is_identical
+from normbt_kernels.errors import UserError
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
 from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger
@@ -106,10 +108,11 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         self._unlogged: list[tuple[str, Tensor]] = []  # mode and (len(METRICS),) of each batch since the last log
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """As in `RewardTrainer`, for data with the columns that it needs.
+        """As in `RewardTrainer`, for data with the columns that it needs, without pairs whose two sides are the same
+        tokens: their distance is 0, and their weight would be its cap.
 
         Raises:
-            ValueError: they are not there.
+            ValueError: the columns are not there, or no pair is left.
         """
         columns = set(dataset.column_names or next(iter(dataset), {}))
         if not any({f"chosen{kind}", f"rejected{kind}"} <= columns for kind in ("", "_ids", "_input_ids")):
@@ -117,7 +120,17 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
                 f"the {dataset_name} dataset needs the columns 'chosen' and 'rejected', text or messages (or token "
                 f"ids, 'chosen_ids' and 'rejected_ids'); it has {', '.join(sorted(columns)) or 'none'}"
             )
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        kept = dataset.filter(lambda pair: not is_identical(pair))
+        left_out = len(dataset) - len(kept) if hasattr(dataset, "__len__") else None
+        if left_out == 0:
+            return dataset
+        if left_out is not None:
+            said = f"{dataset_name} dataset: {left_out} of {len(dataset)} pairs are the same tokens on both sides"
+            if not len(kept):
+                raise UserError(said)
+            logger.warning(f"{said}, and left out")
+        return kept
 
     def compute_loss(
         self,
