@@ -14,11 +14,13 @@ import torch
 
 pytest.importorskip("transformers")
 
+from transformers import AutoTokenizer
+
 from normbt_kernels.commands import train_report as report
 from normbt_kernels.data.look import look
 from normbt_kernels.data.tokens import LeftOut, Prepared
 from normbt_kernels.errors import UserError
-from normbt_kernels.files import check_folder, disk_trouble
+from normbt_kernels.files import disk_trouble
 from tests.test_evaluate import make_rows, make_tokenizer, save
 from tests.test_train_cli import run_cli, write_jsonl
 from tests.tiny_classifiers import make_model
@@ -141,8 +143,11 @@ def test_where_nothing_can_be_written_nothing_is_loaded(checkpoint, tmp_path, mo
     ):
         assert train(out=out) == 2
         assert reason in capsys.readouterr().err
-    with pytest.raises(UserError, match="cannot be written"):
-        check_folder(tmp_path / ".." / ".." / ".." / ".." / ".." / ".." / "proc" / "1")
+    for command in (["evaluate", "model"], ["diagnose", "--model", "model"]):
+        assert run_cli(*command, "--dataset", "pairs.jsonl", "--device", "cpu", "--out", "/proc/x.json") == 2
+        assert "/proc cannot be written" in capsys.readouterr().err
+    assert run_cli("export", "model", "file/below") == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
 
 
 def test_a_finished_model_keeps_no_checkpoints_unless_they_were_asked_for(checkpoint, tmp_path):
@@ -318,6 +323,9 @@ def test_columns_csv_gzip_templates_and_lora_from_the_command_line(checkpoint, t
     capsys.readouterr()
     assert train("--chat-template", "template.jinja", "--dry-run", dataset="chat.jsonl", out="other") == 0
     assert "median 2," in capsys.readouterr().out
+    assert run_cli("export", "model", "exported", "--chat-template", "template.jinja") == 0
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported.chat_template == (tmp_path / "template.jinja").read_text()
 
 
 @pytest.mark.parametrize(

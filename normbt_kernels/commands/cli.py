@@ -23,7 +23,7 @@ from normbt_kernels.commands.arguments import (
     normalize_flags,
 )
 from normbt_kernels.errors import UserError
-from normbt_kernels.files import check_new_file, disk_trouble, free_path
+from normbt_kernels.files import check_folder, check_new_file, disk_trouble, free_path
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -228,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--tokenizer", metavar="PATH|ID", help="tokenizer with the chat template (default: the checkpoint's own)"
     )
+    export.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja file with the chat template, in place of the tokenizer's"
+    )
     export.set_defaults(command=_export)
     info = commands.add_parser("info", help="versions, devices and backends, and a self-check of the loss")
     info.set_defaults(command=_info)
@@ -409,7 +412,14 @@ def _export(arguments: argparse.Namespace, others: list[str]) -> int:
     try:
         from normbt_kernels.integrations.export import export_for_rewardbench
 
-        export_for_rewardbench(arguments.checkpoint, arguments.tokenizer or arguments.checkpoint, arguments.output_dir)
+        check_folder(Path(arguments.output_dir))
+        tokenizer = arguments.tokenizer or arguments.checkpoint
+        if arguments.chat_template is not None:
+            from normbt_kernels.data.checkpoints import load_tokenizer, read_template
+
+            tokenizer = load_tokenizer(tokenizer)
+            tokenizer.chat_template = read_template(Path(arguments.chat_template))
+        export_for_rewardbench(arguments.checkpoint, tokenizer, arguments.output_dir)
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install 'normbt-kernels[trl]'") from error
     print(f"written: {arguments.output_dir}")

@@ -15,7 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from normbt_kernels.commands.arguments import TrainOptions
 from normbt_kernels.data import STDLIB_FAULTS
 from normbt_kernels.data.built_in import BuiltIn
-from normbt_kernels.data.checkpoints import add_lora, checkpoint_position_limit, load_model, load_training_tokenizer
+from normbt_kernels.data.checkpoints import (
+    add_lora,
+    checkpoint_position_limit,
+    load_model,
+    load_training_tokenizer,
+    read_template,
+)
 from normbt_kernels.data.look import look
 from normbt_kernels.data.preferences import Preference, load_preferences
 from normbt_kernels.data.tokens import LeftOut, Prepared, Row, prepare
@@ -111,14 +117,6 @@ def user_job(options: TrainOptions, seed: int) -> Job:
         data=data,
         said=said,
     )
-
-
-def read_template(path: Path) -> str:
-    """A chat template from a file. Raises UserError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template {path}: {error}") from error
 
 
 def _prepared(

@@ -7,6 +7,7 @@ for a head, and say so; we refuse a checkpoint in which anything else is missing
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +89,14 @@ def load_scoring_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         raise UserError(f"{name}: its tokenizer has neither a pad token nor an end-of-sequence token")
     return tokenizer
+
+
+def read_template(path: Path) -> str:
+    """A chat template from a file. Raises UserError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {path}: {error}") from error
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
