@@ -492,7 +492,8 @@ def test_a_checkpoint_and_a_file(tmp_path, checkpoint, capsys):
     report = json.loads((tmp_path / "mine.json").read_text())
     assert report["num_pairs"] + report["num_left_out"] == 40
     assert report["num_left_out"] > 0
-    assert f"{report['num_left_out']} too long or identical left out; backbone gradients of 12" in capsys.readouterr().out
+    left_out = f"{report['num_left_out']} too long or identical left out; backbone gradients of 12"
+    assert left_out in capsys.readouterr().out
     assert (tmp_path / "mine.png").exists()
 
     tokenizer, model = demo.demo_tokenizer(), make_demo_model()
