@@ -148,8 +148,17 @@ def slopes() -> str:
         for loss, slope in of_part.items():
             share = shares[part][loss]
             found = f"{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
-            rows.append([part, LOSSES[loss], found, f"{share[0]:.0%}", f"{share[-1]:.0%}"])
+            name = LOSSES.get(loss, f"NormBT, power {diagnosis['powers'][loss]:g}")
+            rows.append([part, name, found, f"{share[0]:.0%}", f"{share[-1]:.0%}"])
     return table(["gradient of", "loss", "slope", "share of the closest quarter", "of the farthest"], rows)
+
+
+def slopes_by_error() -> str:
+    """Whether one slope describes all pairs: BT's backbone, quarter by quarter of the prediction error."""
+    diagnosis = results("diagnosis/diagnosis.json")
+    quarters = diagnosis["slopes_by_error_quartile"]
+    cells = [f"{of['slope']:.2f} [{of['low']:.2f}, {of['high']:.2f}]" for of in quarters]
+    return table(["least error", "second quarter", "third quarter", "largest error"], [cells])
 
 
 # --- README's figures ----------------------------------------------------------------------------------------------
@@ -266,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "constants": constants,
     "standard-library": standard_library,
     "slopes": slopes,
+    "slopes-by-error": slopes_by_error,
     "numbers": numbers,
 }
 

@@ -97,7 +97,9 @@ Measure which pairs plain Bradley-Terry (BT) gives its gradient to, and how Norm
 A pair's gradient is prediction error times distance at the head, where it is exact; for all other weights (the
 backbone) it is measured on a sample, one pair at a time. Reported are, under BT and under NormBT: the slope of log
 gradient norm on log distance at a fixed error (BT's head: 1, NormBT's: 0), the share of the gradient that each quarter
-of the pairs by distance receives, mean norms by error and distance, and rows for each category or subset.
+of the pairs by distance receives, mean norms by error and distance, and rows for each category or subset. The
+backbone's slope is the --power that makes its gradient independent of the distance; none is recommended where the
+slopes within quarters of the pairs by error disagree.
 """
 
 DIAGNOSE_EPILOG = """\
