@@ -41,10 +41,10 @@ class DistanceEMA(nn.Module):
 
     The first step has no mu from before it. Each of its micro-batches is weighed by its own mean, over all ranks, and
     the mean over all of them becomes mu. In eval mode, as long as there is no mu, a batch is weighed by its own mean
-    and nothing is stored. If no distance of the first step is finite, pairs weigh 1 until there is a mu.
+    and nothing is stored.
 
-    A micro-batch that is empty, or has a distance that is not finite, is left out of the mean. A step that a GradScaler
-    skips is none: its pairs count with those of the next one.
+    A step without pairs, or with a distance that is not finite, leaves mu as it was; if it was the first, pairs weigh 1
+    until there is a mu. A step that a GradScaler skips is none: its pairs count with those of the next one.
 
     With torch.distributed initialised, the ranks of `process_group` share mu. They add two floats once a step, while
     the next forward runs; who reads `mu`, `num_updates` or the `state_dict` before that waits for the sum. All ranks

@@ -20,7 +20,7 @@ from tests.tiny_pairs import make_rows, make_tokenizer
 SAVE_STEPS = 3
 
 
-def make_trainer(folder, trainer_class=NormBTTrainer, adapt=lambda model: model, **arguments):
+def make_trainer(folder, trainer_class=NormBTTrainer, adapt=lambda model: model, eval_dataset=None, **arguments):
     """BERT with dropout, so that the random states matter too."""
     defaults = {
         "max_steps": 3 * SAVE_STEPS,
@@ -37,7 +37,8 @@ def make_trainer(folder, trainer_class=NormBTTrainer, adapt=lambda model: model,
     }
     args = TrainingArguments(str(folder), **defaults | arguments)
     model = make_model("bert", num_hidden_layers=1, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    return trainer_class(adapt(model), args, train_dataset=make_rows(24, ["margin"]), processing_class=make_tokenizer())
+    rows, tokenizer = make_rows(24, ["margin"]), make_tokenizer()
+    return trainer_class(adapt(model), args, train_dataset=rows, eval_dataset=eval_dataset, processing_class=tokenizer)
 
 
 def assert_same_run(trainer, expected):
@@ -148,3 +149,32 @@ def test_checkpoints_of_the_plain_trainer_resume_too(tmp_path):
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3 * SAVE_STEPS
     assert trainer.pair_loss.num_updates == 2 * SAVE_STEPS  # mu began anew
+
+
+@pytest.mark.parametrize("save_only_model", [False, True])
+def test_best_model_is_evaluated_with_its_own_mu(tmp_path, save_only_model):
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=make_rows(6, ["margin"], seed=1),
+        eval_strategy="steps",
+        eval_steps=SAVE_STEPS,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        learning_rate=0.3,  # so that the last model is not the best
+        lr_scheduler_type="constant",
+        save_only_model=save_only_model,
+    )
+    trainer.train()
+    assert trainer.state.best_global_step < trainer.state.global_step
+    assert trainer.pair_loss.num_updates == trainer.state.best_global_step
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    plain = [entry["eval_bt_loss"] for entry in trainer.state.log_history if "eval_bt_loss" in entry]
+    assert plain[-1] in plain[:-1]
+
+
+def test_resume_drops_what_was_pending_with_the_gradients_that_are_lost(whole, folder):
+    path = folder / "checkpoint-6" / "normbt.pt"
+    torch.save(torch.load(path) | {"pending": torch.tensor([100.0, 1.0])}, path)  # saved in the middle of a step
+    resumed = make_trainer(folder)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+    assert_same_run(resumed, whole)
