@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import normbt_kernels
-from normbt_kernels.ops import backend
+from normbt_kernels.ops import backend, pair_loss
 from normbt_kernels.ops.pairs import load_tile
 
 TARGETS = {
@@ -52,7 +52,8 @@ def entry_points() -> dict[str, Callable[[], object]]:
         weight, bias = torch.randn(hidden_size, dtype=dtype), torch.zeros(1)
         for tensor in (weight, bias):
             tensor.requires_grad_("head" not in frozen)
-        normbt_kernels.linear_normbt_loss(hidden, weight, mu, bias=bias, **options).sum().backward()
+        loss = normbt_kernels.linear_normbt_loss(hidden, weight, mu, bias=bias, **options)
+        (loss[0] if options.get("return_stats") else loss).sum().backward()
 
     def linear_with_ema(hidden_size=4096):
         weight = torch.randn(hidden_size, requires_grad=True)
@@ -67,10 +68,11 @@ def entry_points() -> dict[str, Callable[[], object]]:
         weight = torch.randn(4096, requires_grad=True)
         normbt_kernels.LinearNormBTLoss()(hidden, weight, last_token=last_token).backward()
 
-    def reward(mu):
+    def reward(mu, power=1.0):
         chosen, rejected = rows(4096).chunk(2)
         rewards = torch.randn(NUM_PAIRS, requires_grad=True)
-        normbt_kernels.normbt_loss(rewards, rewards, chosen, rejected, mu, margin=rewards.detach()).backward()
+        margin = rewards.detach()
+        normbt_kernels.normbt_loss(rewards, rewards, chosen, rejected, mu, margin=margin, power=power).backward()
 
     def reward_with_ema():
         chosen, rejected = rows(4096).chunk(2)
@@ -85,7 +87,11 @@ def entry_points() -> dict[str, Callable[[], object]]:
         "linear, H=16384, centered, walked in blocks": lambda: linear(16384, center_coef=0.1),
         "linear, H=16384, with EMA": lambda: linear_with_ema(16384),
         "linear, H=32768, walked in blocks": lambda: linear(32768),
+        "linear, H=32768, with statistics, walked in blocks": lambda: linear(32768, return_stats=True),
+        "linear, H=16384, with statistics": lambda: linear(16384, return_stats=True),
         "linear, H=8192, every option": lambda: linear(8192, center_coef=0.1, label_smoothing=0.1, max_weight=None),
+        "linear, power 0.7": lambda: linear(power=0.7),
+        "linear, H=16384, power 0.7": lambda: linear(16384, power=0.7),
         "linear, frozen backbone": lambda: linear(frozen=("hidden",)),
         "linear, frozen head": lambda: linear(frozen=("head",)),
         "linear, the batch's own mean": lambda: linear(mu=None),
@@ -105,6 +111,7 @@ def entry_points() -> dict[str, Callable[[], object]]:
         "pooled with EMA": pooled,
         "reward form": lambda: reward(1.0),
         "reward form, the batch's own mean": lambda: reward(None),
+        "reward form, power 0.5": lambda: reward(1.0, 0.5),
         "reward form with EMA": reward_with_ema,
         "pair_distance": lambda: normbt_kernels.pair_distance(rows(4096)),
     }
@@ -152,7 +159,8 @@ def describe(binary) -> dict[str, Any]:
             figures = {"registers": registers, "spill_bytes": stack}
         except (OSError, RuntimeError) as error:
             null.append(f"registers and spills: {error}")
-        loads = _loads(binary.asm["ptx"], _PTX_LOAD, lambda count, bits: int(count or 1) * int(bits) // 8)
+        assembly = binary.asm["ptx"]
+        loads = _loads(assembly, _PTX_LOAD, lambda count, bits: int(count or 1) * int(bits) // 8)
     else:
         assembly = binary.asm["amdgcn"]
         vectors, scratch = (
@@ -170,6 +178,7 @@ def describe(binary) -> dict[str, Any]:
         "shared_bytes": binary.metadata.shared,
         "load_bytes": min(rows) if rows else max(widths, default=None),
         "reads_rows": bool(rows),
+        "barrier": any(_is_debug_barrier(place) for place, _ in _find(assembly, _BARRIER)),
         "null": "; ".join(null) or None,
     }
 
@@ -190,20 +199,31 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 _PTX_LOAD = re.compile(r"ld\.(?:volatile\.)?global(?:\.\w+(?:::\w+)?)*?(?:\.v(\d))?\.[busf](\d+)\s")
 _AMD_LOAD = re.compile(r"(?:buffer|global|flat)_load_(?:dwordx(\d)|(dword|ushort|sshort|short|ubyte|sbyte))")
 _AMD_BYTES = {"dword": 4, "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1}
+_BARRIER = re.compile(r"bar(?:rier)?\.sync|s_barrier")
 _FILE = re.compile(r"\.file\s+(\d+)\s+(?:\"[^\"]*\"\s+)?\"([^\"]*)\"")
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s")
 
 
 def _loads(assembly: str, pattern: re.Pattern, width: Callable[..., int]) -> list[Load]:
-    """The loads that `pattern` finds, whose groups `width` turns into bytes, each with the source line it is for."""
+    """The loads that `pattern` finds, whose groups `width` turns into bytes."""
+    return [Load(location, width(*match.groups())) for location, match in _find(assembly, pattern)]
+
+
+def _find(assembly: str, pattern: re.Pattern) -> Iterator[tuple[tuple[str, int], re.Match]]:
+    """Each instruction that `pattern` finds, with the file and line of the Triton source that it is for."""
     files = {number: Path(name).name for number, name in _FILE.findall(assembly)}
-    loads, location = [], ("", 0)
+    location = "", 0
     for line in assembly.splitlines():
         if match := _LOCATION.search(line):
             location = files.get(match[1], ""), int(match[2])
         elif match := pattern.search(line):
-            loads.append(Load(location, width(*match.groups())))
-    return loads
+            yield location, match
+
+
+def _is_debug_barrier(location: tuple[str, int]) -> bool:
+    """Whether an instruction is for the one `tl.debug_barrier()`, without which long rows are a race."""
+    lines = Path(pair_loss.__file__).read_text().splitlines()
+    return location[0] == Path(pair_loss.__file__).name and "tl.debug_barrier()" in lines[location[1] - 1]
 
 
 def _reads_rows(load: Load) -> bool:

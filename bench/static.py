@@ -366,6 +366,8 @@ def broken_limits(measured: Measured) -> list[str]:
             if figures["spill_bytes"]:
                 broken.append(f"{target}: {kernel}: spills {figures['spill_bytes']} bytes")
             aligned = figures["reads_rows"] and not kernel.startswith(UNALIGNED)
+            if kernel.endswith("walked in blocks: _pair_loss_kernel") and not figures["barrier"]:
+                broken.append(f"{target}: {kernel}: gradients of other threads are read without a barrier")
             if aligned and (figures["load_bytes"] or 0) < MIN_LOAD_BYTES:
                 broken.append(f"{target}: {kernel}: reads rows {figures['load_bytes']} bytes at a time")
     return broken

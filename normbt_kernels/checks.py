@@ -153,6 +153,8 @@ def _has_shape(tensor: Tensor, *shape: int) -> bool:
 
 
 def _is_number(value) -> bool:
+    if type(value) is float:  # by far the most frequent, and an abstract class takes its time
+        return True
     return isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 

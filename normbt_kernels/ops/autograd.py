@@ -15,15 +15,32 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
 from normbt_kernels.ops.ema import EMA
-from normbt_kernels.ops.library import define_op, is_watched, refuse_gradients
-from normbt_kernels.ops.linear_gradient import ONCE, linear_gradient
+from normbt_kernels.ops.library import define_op, is_watched, refuse_gradients, with_empty_tables
+from normbt_kernels.ops.linear_gradient import ONCE, linear_gradient, linear_gradient_op
 from normbt_kernels.ops.pair_distance import measure_distances
 from normbt_kernels.ops.pair_loss import LossOptions, LossResult, Mu, Scores, run_pair_loss
 from normbt_kernels.ops.pairs import RowPairs
 
 
+class Call(NamedTuple):
+    """One pass over pairs, as the implementations take it."""
+
+    rows: RowPairs
+    scores: Scores
+    mu: Mu
+    options: LossOptions
+    stats: bool
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """What may receive gradients; without a head the rows enter through the weight alone, which is a constant."""
+        scores = self.scores
+        rows = None if scores.head_weight is None else self.rows.chosen
+        return rows, scores.chosen_rewards, scores.rejected_rewards, scores.head_weight, scores.head_bias
+
+
 class Arguments(NamedTuple):
-    """The operator's arguments, one by one: what the dispatcher and autograd can look into."""
+    """A call and `head_gradient` one by one: what the dispatcher can look into."""
 
     chosen: Tensor
     rejected: Tensor
@@ -52,117 +69,114 @@ class Arguments(NamedTuple):
     head_gradient: bool  # asked for by autograd, not by the caller
 
     @classmethod
-    def of(cls, rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool) -> Arguments:
-        return cls(*rows, *scores, mu.value, mu.tensor, *(mu.ema or (None,) * 4), *options, stats, False)
+    def of(cls, call: Call, head_gradient: bool = False) -> Arguments:
+        mu = call.mu
+        ema = mu.ema or (None,) * 4
+        return cls(*call.rows, *call.scores, mu.value, mu.tensor, *ema, *call.options, call.stats, head_gradient)
 
     @property
-    def rows(self) -> RowPairs:
-        return RowPairs(self.chosen, self.rejected, self.pairs, self.last_token, self.layout)
-
-    @property
-    def scores(self) -> Scores:
-        return Scores(
-            self.chosen_rewards, self.rejected_rewards, self.head_weight, self.head_bias, self.margin, self.pair_weight
-        )
-
-    @property
-    def mu_or_ema(self) -> Mu:
+    def call(self) -> Call:
         ema = EMA(self.ema_mu, self.ema_num_updates, self.ema_pending, self.ema_beta)
-        return Mu(self.mu_value, self.mu, None if self.ema_mu is None else ema)
-
-    @property
-    def options(self) -> LossOptions:
-        return LossOptions(
-            self.label_smoothing, self.center_coef, self.eps, self.max_weight, self.power, self.reduction
-        )
-
-
-NO_GRADIENTS = Arguments(*(None,) * len(Arguments._fields))
+        return Call(
+            RowPairs(self.chosen, self.rejected, self.pairs, self.last_token, self.layout),
+            Scores(
+                self.chosen_rewards, self.rejected_rewards, self.head_weight, self.head_bias,
+                self.margin, self.pair_weight,
+            ),
+            Mu(self.mu_value, self.mu, None if self.ema_mu is None else ema),
+            LossOptions(
+                self.label_smoothing, self.center_coef, self.eps, self.max_weight, self.power, self.reduction
+            ),
+            self.stats,
+        )  # fmt: skip
 
 
 class PairLoss(_SingleLevelFunction):
-    """`apply(run, *Arguments)`: `run` is the operator below autograd, or the implementation itself.
+    """`apply(run, call, *call.differentiable)`: `run` is the operator below autograd, or the implementation itself.
 
     Single-level: torch.func's transforms see the operator, never this Function.
     """
 
     @staticmethod
-    def forward(ctx, run, *arguments):
-        given = Arguments(*arguments)
-        needs = Arguments(*ctx.needs_input_grad[1:])
-        per_pair, trains_head = given.reduction == "none", needs.head_weight or needs.head_bias
-        result = LossResult(*run(*given._replace(head_gradient=trains_head and not per_pair)))
-        linear = given.head_weight is not None
+    def forward(ctx, run, call, *inputs):
+        rows, scores = call.rows, call.scores
+        per_pair, trains_head = call.options.reduction == "none", ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+        result = run(call, trains_head and not per_pair)
         ctx.save_for_backward(
             result.loss,  # so that a second differentiation finds its way here and is refused
             result.gradient,
             result.head_gradient,
-            given.head_weight,
-            given.pairs if linear else None,
-            given.last_token if linear else None,
-            given.chosen if trains_head and per_pair else None,
+            scores.head_weight,
+            rows.pairs,
+            rows.last_token,
+            rows.chosen if trains_head and per_pair else None,
         )
-        ctx.needs = needs
-        ctx.layout = given.layout
-        if linear:
-            ctx.hidden_shape, ctx.hidden_dtype = given.chosen.shape, given.chosen.dtype
-            ctx.bias_dtype = (given.head_weight if given.head_bias is None else given.head_bias).dtype
-        else:
-            ctx.reward_dtypes = given.chosen_rewards.dtype, given.rejected_rewards.dtype
-        ctx.mark_non_differentiable(*result[1:])
+        ctx.layout, ctx.hidden_shape, ctx.hidden_dtype = rows.layout, rows.chosen.shape, rows.chosen.dtype
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        ctx.mark_non_differentiable(*(table for table in result[1:] if table is not None))
         ctx.set_materialize_grads(False)  # or each backward fills tables of zeros for the outputs above
         return tuple(result)
 
     @staticmethod
     def backward(ctx, loss_gradient, *_):
         if loss_gradient is None:
-            return None, *NO_GRADIENTS
+            return (None,) * 7
         loss, gradient, head_gradient, head_weight, *_ = ctx.saved_tensors
         with torch.no_grad():
             if head_weight is None:
-                gradients = _reward_gradients(ctx, gradient, loss_gradient)
+                gradients = None, *_reward_gradients(ctx, gradient, loss_gradient), None, None
             else:
-                gradients = _linear_gradients(ctx, gradient, loss_gradient, head_gradient)
+                hidden, weight, bias = _linear_gradients(ctx, gradient, loss_gradient, head_gradient)
+                gradients = hidden, None, None, weight, bias
         if torch.is_grad_enabled():
-            made = {name: value for name, value in gradients.items() if value is not None}
-            gradients = dict(zip(made, refuse_gradients(ONCE, made.values(), [loss, loss_gradient]), strict=True))
-        return None, *NO_GRADIENTS._replace(**gradients)
+            made = [i for i, value in enumerate(gradients) if value is not None]
+            refusing = refuse_gradients(ONCE, [gradients[i] for i in made], [loss, loss_gradient])
+            refusing = dict(zip(made, refusing, strict=True))
+            gradients = tuple(refusing.get(i) for i in range(5))
+        return None, None, *gradients
 
 
-def _reward_gradients(ctx, gradient: Tensor, loss_gradient: Tensor) -> dict[str, Tensor]:
-    chosen_dtype, rejected_dtype = ctx.reward_dtypes
+def _reward_gradients(ctx, gradient: Tensor, loss_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    chosen_dtype, rejected_dtype = ctx.dtypes[1:3]
     # One product and, for 16-bit rewards, one cast: two launches for both sides.
     gradient = (gradient * loss_gradient).to(torch.promote_types(chosen_dtype, rejected_dtype))
-    return {"chosen_rewards": gradient[0].to(chosen_dtype), "rejected_rewards": gradient[1].to(rejected_dtype)}
+    chosen, rejected = gradient.unbind()
+    return chosen.to(chosen_dtype), rejected.to(rejected_dtype)
 
 
-def _linear_gradients(ctx, gradient: Tensor, loss_gradient: Tensor, head_gradient: Tensor) -> dict[str, Tensor | None]:
+def _linear_gradients(ctx, gradient: Tensor, loss_gradient: Tensor, head_gradient: Tensor) -> list[Tensor | None]:
     _, _, _, head_weight, pairs, last_token, hidden = ctx.saved_tensors
-    run = linear_gradient.op if is_watched((gradient, loss_gradient, head_weight)) else linear_gradient
-    needs = ctx.needs.chosen, ctx.needs.head_weight, ctx.needs.head_bias
+    run = linear_gradient_op if is_watched((gradient, loss_gradient, head_weight)) else linear_gradient
+    needs = ctx.needs_input_grad[2], ctx.needs_input_grad[5], ctx.needs_input_grad[6]
     gradients = run(
         gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, ctx.layout,
-        ctx.hidden_shape, ctx.hidden_dtype, ctx.bias_dtype, *needs,
+        ctx.hidden_shape, ctx.hidden_dtype, ctx.dtypes[4] or head_weight.dtype, *needs,
     )  # fmt: skip
-    names = "chosen", "head_weight", "head_bias"
-    return {name: value if needed else None for name, value, needed in zip(names, gradients, needs, strict=True)}
+    return [value if needed else None for value, needed in zip(gradients, needs, strict=True)]
 
 
-def _differentiable(run: Callable, *arguments) -> tuple[Tensor, ...]:
+def _differentiable(run: Callable[[Call, bool], LossResult], call: Call) -> LossResult:
+    inputs = call.differentiable
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return LossResult(*PairLoss.apply(run, call, *inputs))
+    return run(call, False)
+
+
+def _autograd(run: Callable, *arguments) -> LossResult:
+    """The operator's Autograd kernel. Of nested transforms, an inner one may ask an outer one for `head_gradient`."""
     given = Arguments(*arguments)
-    if given.head_weight is None and (given.chosen.requires_grad or given.rejected.requires_grad):
-        # Without a head, rows enter through the weight alone, which is a constant.
-        given = given._replace(chosen=given.chosen.detach(), rejected=given.rejected.detach())
-    trained = given.chosen, given.chosen_rewards, given.rejected_rewards, given.head_weight, given.head_bias
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
-        return PairLoss.apply(run, *given)
-    return run(*given)
+
+    def run_call(call: Call, head_gradient: bool) -> LossResult:
+        return LossResult(*run(*Arguments.of(call, head_gradient or given.head_gradient)))
+
+    return _differentiable(run_call, given.call)
 
 
-def _pair_loss_fake(*arguments) -> tuple[Tensor, ...]:
+def _fake(*arguments) -> tuple[Tensor, ...]:
     given = Arguments(*arguments)
-    dtype = given.scores.accumulate_dtype(given.rows)
-    return tuple(LossResult.allocate(given.rows, dtype, given.options, given.head_gradient, given.stats))
+    rows, scores, _, options, stats = given.call
+    result = LossResult.allocate(rows, scores.accumulate_dtype(rows), options, given.head_gradient, stats)
+    return with_empty_tables(result)
 
 
 @define_op(
@@ -173,21 +187,23 @@ def _pair_loss_fake(*arguments) -> tuple[Tensor, ...]:
     " float label_smoothing, float center_coef, float eps, float? max_weight, float power, str reduction,"
     " bool stats, bool head_gradient)"
     " -> (Tensor loss, Tensor gradient, Tensor head_gradient, Tensor pair_stats, Tensor batch_stats)",
-    fake=_pair_loss_fake,
-    autograd=_differentiable,
+    fake=_fake,
+    autograd=_autograd,
 )
-def _pair_loss(*arguments) -> tuple[Tensor, ...]:
+def _pair_loss_op(*arguments) -> tuple[Tensor, ...]:
     given = Arguments(*arguments)
-    return tuple(
-        run_pair_loss(given.rows, given.scores, given.mu_or_ema, given.options, given.head_gradient, given.stats)
-    )
+    return run_pair_loss(*given.call, given.head_gradient)
+
+
+def _run(call: Call, head_gradient: bool) -> LossResult:
+    return run_pair_loss(*call, head_gradient)
 
 
 def pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool) -> LossResult:
     """The loss of P pairs, whose gradients reach the rewards or the rows and their head."""
     if mu.own_mean:
         mu = mu._replace(tensor=measure_distances(rows, scores.accumulate_dtype(rows)).mean())
-    arguments = Arguments.of(rows, scores, mu, options, stats)
+    call = Call(rows, scores, mu, options, stats)
     if is_watched((rows.chosen, rows.rejected, *scores)):
-        return LossResult(*_pair_loss.op(*arguments))
-    return LossResult(*_differentiable(_pair_loss, *arguments))
+        return LossResult(*_pair_loss_op(*Arguments.of(call)))
+    return _differentiable(_run, call)

@@ -14,6 +14,8 @@ import torch
 
 from normbt_kernels.ops import _triton
 
+# Of every launch. Versions of Triton differ in their default, and a * b + c rounded once is another number than twice.
+FP_FUSION = True
 # Programs of an interpreted launch: more than one, so that every stride over pairs is exercised.
 INTERPRETED_MULTIPROCESSORS = 3
 

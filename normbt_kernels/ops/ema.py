@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import on_device, uses_kernels
+from normbt_kernels.ops.backend import FP_FUSION, on_device, uses_kernels
 from normbt_kernels.ops.library import define_op, is_watched, without_gradients
 
 
@@ -72,20 +72,22 @@ def move_mu_(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> N
     pending.zero_()
 
 
-@define_op(
-    "move_mu(Tensor(a!) mu, Tensor(b!) num_updates, Tensor(c!) pending, float beta) -> ()",
-    fake=lambda mu, num_updates, pending, beta: None,
-    autograd=without_gradients,
-)
 def _move_mu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
     if uses_kernels(mu.device):
         with on_device(mu.device):
-            _move_mu_kernel[(1,)](mu, num_updates, pending, BETA=beta, num_warps=1)
+            _move_mu_kernel[(1,)](mu, num_updates, pending, BETA=beta, num_warps=1, enable_fp_fusion=FP_FUSION)
     else:
         move_mu_(mu, num_updates, pending, beta)
 
 
+_move_mu_op = define_op(
+    "move_mu(Tensor(a!) mu, Tensor(b!) num_updates, Tensor(c!) pending, float beta) -> ()",
+    fake=lambda mu, num_updates, pending, beta: None,
+    autograd=without_gradients,
+)(_move_mu)
+
+
 def move_mu_now(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
     """Moves mu by what is pending, in place and in one launch."""
-    run = _move_mu.op if is_watched((mu,)) else _move_mu
+    run = _move_mu_op if is_watched((mu,)) else _move_mu
     run(mu, num_updates, pending, beta)

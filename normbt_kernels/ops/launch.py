@@ -17,8 +17,9 @@ TILE_ELEMENTS = 4096
 # of its 512 threads: delta, the head, and the head's gradient. Centering keeps the rejected row as well.
 MAX_ROW_BYTES = 32768
 MAX_CENTERED_ROW_BYTES = 16384
-# Longer rows are read in blocks of this size, and a second time for the head's gradient.
-LONG_ROW_BLOCK_BYTES = 16384
+# Longer rows are read in blocks of this size, and a second time for the head's gradient. Twice as many take 16 warps,
+# whose threads have no more than 128 registers each, and sm_100 then spills.
+LONG_ROW_BLOCK_BYTES = 8192
 # Elements of a tile for each warp: 16 in each of its threads.
 ELEMENTS_PER_WARP = 512
 # Two programs for each multiprocessor overlap the loads of one with the reductions of the other. More than 16 warps of

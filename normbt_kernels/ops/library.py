@@ -22,7 +22,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def define_op(schema: str, *, fake: Callable, autograd: Callable) -> Callable[[Callable], Callable]:
-    """Registers the decorated implementation as `normbt::<schema>`, and returns it with the operator as `.op`.
+    """Registers the decorated implementation as `normbt::<schema>`, and returns the operator.
 
     `schema` starts with the operator's name; `fake` makes the outputs' shapes without data. `autograd(run, *arguments)`
     runs the operator below autograd by `run(*arguments)`, and gives its results their gradients or refuses to.
@@ -39,15 +39,24 @@ def define_op(schema: str, *, fake: Callable, autograd: Callable) -> Callable[[C
             with enable_single_level_autograd_function():
                 return autograd(run, *arguments)
 
+        def run_here(*arguments):
+            results = implementation(*arguments)
+            return with_empty_tables(results) if isinstance(results, tuple) else results
+
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
-        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        _library.impl(name, run_here, "CompositeExplicitAutograd")
         _library.impl(name, with_gradients, "Autograd", with_keyset=True)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        implementation.op = op
-        return implementation
+        return op
 
     return register
+
+
+def with_empty_tables(results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """What an operator returns, which cannot return None in the place of a tensor: (0,) stands for it."""
+    like = next(tensor for tensor in results if tensor is not None)
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in results)
 
 
 def without_gradients(run: Callable, *arguments):

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import num_multiprocessors, on_device, triton_dtype, uses_kernels
+from normbt_kernels.ops.backend import FP_FUSION, num_multiprocessors, on_device, triton_dtype, uses_kernels
 from normbt_kernels.ops.launch import LaunchShape, cdiv
 from normbt_kernels.ops.library import define_op, refuse_gradients
 from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
-from normbt_kernels.ops.pairs import RowArguments, RowPairs, Vector, load_each
+from normbt_kernels.ops.pairs import RowArguments, RowPairs, Vector, cast, load_each
 
 ONCE = "the NormBT losses cannot be differentiated twice"
 
@@ -106,7 +106,9 @@ def _write_gradient_kernel(
         num_tiles = tl.cdiv(num_rows * tl.cast(sequence_length, tl.int64), BLOCK_N)
         for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
             position = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            row = position // sequence_length
+            row = position
+            if last_token.ptr is not None:
+                row = position // sequence_length
             served = row < num_rows
             if last_token.ptr is not None:
                 token = tl.load(last_token.ptr + row * last_token.stride, mask=served, other=-1).to(tl.int64)
@@ -148,11 +150,11 @@ def _write_gradient_kernel(
 
 
 class Gradients(NamedTuple):
-    """Gradients of the three inputs; (0,) where one is not wanted, and then nothing is computed for it."""
+    """Gradients of the three inputs; None where one is not wanted, and then nothing is computed for it."""
 
-    hidden: Tensor  # (N, H) or (N, S, H), contiguous
-    head_weight: Tensor  # (H,)
-    head_bias: Tensor  # ()
+    hidden: Tensor | None  # (N, H) or (N, S, H), contiguous
+    head_weight: Tensor | None  # (H,)
+    head_bias: Tensor | None  # ()
 
 
 class Upstream(NamedTuple):
@@ -160,7 +162,7 @@ class Upstream(NamedTuple):
 
     gradient: Tensor  # (2, P), chosen and rejected
     loss_gradient: Tensor  # (), or (P,) with reduction "none"
-    head_gradient: Tensor  # (H + 1,) for an upstream of 1; (0,) with reduction "none"
+    head_gradient: Tensor | None  # (H + 1,) for an upstream of 1; not with reduction "none"
 
     @property
     def per_pair(self) -> bool:
@@ -210,6 +212,7 @@ def _sum_pairs_of_rows(upstream: Upstream, layout: Layout) -> Tensor:
         BLOCK_K=16,
         ACC=triton_dtype(coefficient.dtype),
         num_warps=4,
+        enable_fp_fusion=FP_FUSION,
     )
     return coefficient
 
@@ -233,6 +236,7 @@ def _sum_head_gradient(upstream: Upstream, rows: RowPairs) -> Tensor:
         BLOCK_H=shape.block_hidden,
         ACC=triton_dtype(partial.dtype),
         num_warps=shape.num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
     return partial
 
@@ -240,24 +244,23 @@ def _sum_head_gradient(upstream: Upstream, rows: RowPairs) -> Tensor:
 def _launch_linear_gradient(
     result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
 ) -> None:
-    needs_hidden, needs_weight, needs_bias = (tensor.numel() > 0 for tensor in result)
-    needs_head, hidden_size = needs_weight or needs_bias, layout.hidden_shape[-1]
+    needs_hidden, hidden_size = result.hidden is not None, layout.hidden_shape[-1]
+    needs_head = result.head_weight is not None or result.head_bias is not None
     coefficient = _sum_pairs_of_rows(upstream, layout) if needs_hidden and layout.name == "explicit" else None
-    head_gradient = upstream.head_gradient[None]
-    if needs_head and upstream.per_pair:
-        head_gradient = _sum_head_gradient(upstream, layout.rows(hidden))
+    head_gradient = None
+    if needs_head:  # (partials, H + 1)
+        by_pair = upstream.per_pair
+        head_gradient = _sum_head_gradient(upstream, layout.rows(hidden)) if by_pair else upstream.head_gradient[None]
     processors = num_multiprocessors(upstream.gradient.device)
     shape = LaunchShape.for_rows(layout.num_positions if needs_hidden else 1, hidden_size, processors)
     _write_gradient_kernel[(shape.num_programs, cdiv(hidden_size, shape.block_hidden))](
-        result.hidden if needs_hidden else None,
-        result.head_weight if needs_weight else None,
-        result.head_bias if needs_bias else None,
+        *result,
         upstream.gradient,
         Vector.of(upstream.loss_gradient),
         coefficient,
         Vector.of(head_weight),
-        head_gradient if needs_head else None,
-        head_gradient.shape[0],
+        head_gradient,
+        1 if head_gradient is None else head_gradient.shape[0],
         Vector.of(layout.last_token),
         layout.hidden_shape[0],
         layout.sequence_length,
@@ -271,46 +274,51 @@ def _launch_linear_gradient(
         BLOCK_K=4,  # x 1024 columns: more partials at a time spill to local memory
         ACC=triton_dtype(upstream.gradient.dtype),
         num_warps=shape.num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
 
 
 def _compute_linear_gradient(
-    result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
-) -> None:
-    """The closed form in PyTorch operators."""
+    upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout,
+    hidden_dtype: torch.dtype, bias_dtype: torch.dtype, needs: tuple[bool, bool, bool],
+) -> Gradients:  # fmt: skip
+    """The closed form in PyTorch operators; None where a gradient is not wanted."""
+    needs_hidden, needs_weight, needs_bias = needs
     gradient = upstream.gradient * upstream.loss_gradient
     dtype = gradient.dtype
-    if result.hidden.numel() > 0:
+    hidden_gradient = weight_gradient = bias_gradient = None
+    if needs_hidden:
         if layout.pairs is not None:
             coefficient = gradient.new_zeros(layout.hidden_shape[0])
             coefficient.index_add_(0, layout.pairs.T.reshape(-1), gradient.reshape(-1))
         else:
             coefficient = (gradient.T if layout.name == "interleaved" else gradient).reshape(-1)
+        column, row = coefficient[:, None], cast(head_weight, dtype)
         # `out=` rounds the product to the dtype of hidden at once, with no fp32 copy of it.
-        column, row = coefficient[:, None], head_weight.to(dtype)
         if layout.last_token is None:
-            torch.mul(column, row, out=result.hidden)
+            empty = gradient.new_empty(layout.hidden_shape, dtype=hidden_dtype)
+            hidden_gradient = torch.mul(column, row, out=empty)
         else:
             sequence = torch.arange(layout.hidden_shape[0], device=gradient.device)
-            result.hidden.zero_()[sequence, layout.last_token] = (column * row).to(result.hidden.dtype)
-    needs_weight, needs_bias = result.head_weight.numel() > 0, result.head_bias.numel() > 0
-    if not (needs_weight or needs_bias):
-        return
-    if not upstream.per_pair:
-        weight_gradient, bias_gradient = (upstream.head_gradient * upstream.loss_gradient).tensor_split([-1])
-    else:
+            hidden_gradient = gradient.new_zeros(layout.hidden_shape, dtype=hidden_dtype)
+            hidden_gradient[sequence, layout.last_token] = (column * row).to(hidden_dtype)
+    if upstream.per_pair and (needs_weight or needs_bias):
         rows = layout.rows(hidden)
         weight_gradient, bias_gradient = gradient.new_zeros(rows.hidden_size), gradient.sum(dim=0).sum()
-        for block in rows.blocks():
-            chosen, rejected = rows.gather(block, dtype)
-            chosen_gradient, rejected_gradient = gradient[:, block]
+        for pairs, block in rows.blocks():
+            chosen, rejected = block.gather(dtype)
+            chosen_gradient, rejected_gradient = gradient if pairs is None else gradient[:, pairs]
             # g delta + k (h_c + h_r): the difference first, as in the forward pass.
             weight_gradient.addmv_((chosen - rejected).T, (chosen_gradient - rejected_gradient) / 2)
             weight_gradient.addmv_((chosen + rejected).T, (chosen_gradient + rejected_gradient) / 2)
-    if needs_weight:
-        result.head_weight.copy_(weight_gradient)
-    if needs_bias:
-        result.head_bias.copy_(bias_gradient.squeeze())
+    elif needs_weight or needs_bias:
+        head_gradient = upstream.head_gradient * upstream.loss_gradient
+        weight_gradient, bias_gradient = head_gradient[:-1], head_gradient[-1]
+    return Gradients(
+        hidden_gradient,
+        cast(weight_gradient, head_weight.dtype) if needs_weight else None,
+        cast(bias_gradient, bias_dtype) if needs_bias else None,
+    )
 
 
 def _linear_gradient_fake(
@@ -324,21 +332,25 @@ def _linear_gradient_fake(
     )
 
 
-def _check_sizes(upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout, needs_head: bool):
+def _check_sizes(
+    gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, layout,
+    hidden_shape, hidden_dtype, bias_dtype, needs_hidden, needs_weight, needs_bias,
+) -> None:  # fmt: skip
     """The kernels go by these sizes, so a table that is smaller would be read beyond its end."""
-    num_rows, hidden_size = layout.hidden_shape[0], layout.hidden_shape[-1]
-    num_pairs = num_rows // 2 if layout.pairs is None else layout.pairs.shape[0]
+    num_rows, hidden_size = hidden_shape[0], hidden_shape[-1]
+    num_pairs = num_rows // 2 if pairs is None else pairs.shape[0]
+    per_pair, needs_head = loss_gradient.dim() == 1, needs_weight or needs_bias
     expected = {
-        "gradient": (upstream.gradient, (2, num_pairs)),
-        "loss_gradient": (upstream.loss_gradient, (num_pairs,) if upstream.per_pair else ()),
+        "gradient": (gradient, (2, num_pairs)),
+        "loss_gradient": (loss_gradient, (num_pairs,) if per_pair else ()),
         "head_weight": (head_weight, (hidden_size,)),
     }
-    if needs_head and upstream.per_pair:
-        expected["hidden"] = hidden, tuple(layout.hidden_shape)
+    if needs_head and per_pair:
+        expected["hidden"] = hidden, tuple(hidden_shape)
     elif needs_head:
-        expected["head_gradient"] = upstream.head_gradient, (hidden_size + 1,)
-    if layout.last_token is not None:
-        expected["last_token"] = layout.last_token, (num_rows,)
+        expected["head_gradient"] = head_gradient, (hidden_size + 1,)
+    if last_token is not None:
+        expected["last_token"] = last_token, (num_rows,)
     for name, (tensor, shape) in expected.items():
         if tensor is None or tensor.shape != shape:
             seen = None if tensor is None else tuple(tensor.shape)
@@ -351,33 +363,39 @@ def _refuse_second_gradients(run: Callable, *arguments) -> tuple[Tensor, ...]:
     return refuse_gradients(ONCE, gradients, given) if torch.is_grad_enabled() and given else gradients
 
 
+def linear_gradient(
+    gradient: Tensor, loss_gradient: Tensor, head_gradient: Tensor | None, head_weight: Tensor, hidden: Tensor | None,
+    pairs: Tensor | None, last_token: Tensor | None, layout: str, hidden_shape: list[int], hidden_dtype: torch.dtype,
+    bias_dtype: torch.dtype, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+) -> Gradients:  # fmt: skip
+    upstream = Upstream(gradient, loss_gradient, head_gradient)
+    places = Layout(pairs, last_token, layout, hidden_shape)
+    needs = needs_hidden, needs_weight, needs_bias
+    if upstream.num_pairs > 0 and not uses_kernels(gradient.device):
+        return _compute_linear_gradient(upstream, head_weight, hidden, places, hidden_dtype, bias_dtype, needs)
+    result = Gradients(
+        gradient.new_empty(hidden_shape, dtype=hidden_dtype) if needs_hidden else None,
+        gradient.new_empty(hidden_shape[-1], dtype=head_weight.dtype) if needs_weight else None,
+        gradient.new_empty((), dtype=bias_dtype) if needs_bias else None,
+    )
+    if upstream.num_pairs == 0:
+        for tensor in result:
+            if tensor is not None:
+                tensor.zero_()
+    else:
+        with on_device(gradient.device):
+            _launch_linear_gradient(result, upstream, head_weight, hidden, places)
+    return result
+
+
 @define_op(
-    "linear_gradient(Tensor gradient, Tensor loss_gradient, Tensor head_gradient,"
+    "linear_gradient(Tensor gradient, Tensor loss_gradient, Tensor? head_gradient,"
     " Tensor head_weight, Tensor? hidden, Tensor? pairs, Tensor? last_token, str layout,"
     " SymInt[] hidden_shape, ScalarType hidden_dtype, ScalarType bias_dtype,"
     " bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
     fake=_linear_gradient_fake,
     autograd=_refuse_second_gradients,
 )
-def linear_gradient(
-    gradient: Tensor, loss_gradient: Tensor, head_gradient: Tensor, head_weight: Tensor, hidden: Tensor | None,
-    pairs: Tensor | None, last_token: Tensor | None, layout: str, hidden_shape: list[int], hidden_dtype: torch.dtype,
-    bias_dtype: torch.dtype, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    upstream = Upstream(gradient, loss_gradient, head_gradient)
-    places = Layout(pairs, last_token, layout, hidden_shape)
-    _check_sizes(upstream, head_weight, hidden, places, needs_weight or needs_bias)
-    result = Gradients(
-        gradient.new_empty(hidden_shape if needs_hidden else (0,), dtype=hidden_dtype),
-        gradient.new_empty(hidden_shape[-1] if needs_weight else 0, dtype=head_weight.dtype),
-        gradient.new_empty(() if needs_bias else (0,), dtype=bias_dtype),
-    )
-    if upstream.num_pairs == 0:
-        for tensor in result:
-            tensor.zero_()
-    elif uses_kernels(gradient.device):
-        with on_device(gradient.device):
-            _launch_linear_gradient(result, upstream, head_weight, hidden, places)
-    else:
-        _compute_linear_gradient(result, upstream, head_weight, hidden, places)
-    return tuple(result)
+def linear_gradient_op(*arguments) -> Gradients:
+    _check_sizes(*arguments)
+    return linear_gradient(*arguments)

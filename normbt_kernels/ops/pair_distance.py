@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import on_device, triton_dtype, uses_kernels
+from normbt_kernels.ops.backend import FP_FUSION, on_device, triton_dtype, uses_kernels
 from normbt_kernels.ops.library import define_op, is_watched, without_gradients
 from normbt_kernels.ops.pairs import RowArguments, RowPairs, accumulate_dtype, load_tile, locate_pairs
+
+# Columns at a time: without a head there is nothing for which a row should stay in registers whole.
+MAX_BLOCK = 8192
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_rows", "sequence_length"])
@@ -43,9 +46,10 @@ def _launch_measure_distance(rows: RowPairs, distance: Tensor) -> None:
         rows.hidden_size,
         LAYOUT=rows.layout,
         BLOCK_P=shape.block_rows,
-        BLOCK_H=shape.block_hidden,
+        BLOCK_H=min(shape.block_hidden, MAX_BLOCK),
         ACC=triton_dtype(distance.dtype),
         num_warps=shape.num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
 
 
@@ -53,12 +57,6 @@ def _pair_distance_fake(chosen, rejected, pairs, last_token, layout, dtype):
     return chosen.new_empty(RowPairs(chosen, rejected, pairs, last_token, layout).num_pairs, dtype=dtype)
 
 
-@define_op(
-    "pair_distance(Tensor chosen, Tensor rejected, Tensor? pairs, Tensor? last_token, str layout, ScalarType dtype)"
-    " -> Tensor",
-    fake=_pair_distance_fake,
-    autograd=without_gradients,
-)
 def _pair_distance(
     chosen: Tensor, rejected: Tensor, pairs: Tensor | None, last_token: Tensor | None, layout: str, dtype: torch.dtype
 ) -> Tensor:
@@ -71,15 +69,25 @@ def _pair_distance(
         with on_device(chosen.device):
             _launch_measure_distance(rows, distance)
         return distance
-    for block in rows.blocks():
-        chosen_rows, rejected_rows = rows.gather(block, dtype)
-        torch.linalg.vector_norm(chosen_rows - rejected_rows, dim=-1, out=distance[block])
+    for pairs, block in rows.blocks():
+        chosen_rows, rejected_rows = block.gather(dtype)
+        distance[slice(None) if pairs is None else pairs] = torch.linalg.vector_norm(
+            chosen_rows - rejected_rows, dim=-1
+        )
     return distance
+
+
+_pair_distance_op = define_op(
+    "pair_distance(Tensor chosen, Tensor rejected, Tensor? pairs, Tensor? last_token, str layout, ScalarType dtype)"
+    " -> Tensor",
+    fake=_pair_distance_fake,
+    autograd=without_gradients,
+)(_pair_distance)
 
 
 def measure_distances(rows: RowPairs, dtype: torch.dtype | None = None) -> Tensor:
     """rho (P,) of the pairs, without gradient; in `dtype`, or in that which the rows are accumulated in."""
     dtype = dtype or accumulate_dtype(rows.chosen, rows.rejected)
     rows = rows._replace(chosen=rows.chosen.detach(), rejected=rows.rejected.detach())
-    run = _pair_distance.op if is_watched((rows.chosen, rows.rejected)) else _pair_distance
+    run = _pair_distance_op if is_watched((rows.chosen, rows.rejected)) else _pair_distance
     return run(*rows, dtype)

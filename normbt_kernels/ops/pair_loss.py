@@ -2,7 +2,7 @@
 
     delta = h_c - h_r      rho = ||delta||_2      d = v . delta, or r_c - r_r of given rewards
     z = d - margin         w = min((mu / (rho + eps))^power, max_weight)   (NormBT, section 3; w is a constant)
-    l = -[(1-s) log sigma(z) + s log sigma(-z)] = softplus(-z) + s z
+    l = -[(1-s) log sigma(z) + s log sigma(-z)] = (1-s) softplus(-z) + s softplus(z)
     loss_p = q w l + center_coef (r_c + r_r)^2
     dloss_p/dr_c = g + k   dloss_p/dr_r = -g + k   g = q w (s - sigma(-z))   k = 2 center_coef (r_c + r_r)
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import on_device, triton_dtype, uses_kernels
+from normbt_kernels.ops.backend import FP_FUSION, on_device, triton_dtype, uses_kernels
 from normbt_kernels.ops.ema import EMA, add_to_pending, add_to_pending_, move_mu, move_mu_
 from normbt_kernels.ops.launch import cdiv
 from normbt_kernels.ops.pairs import (
@@ -30,6 +30,7 @@ from normbt_kernels.ops.pairs import (
     RowPairs,
     Vector,
     accumulate_dtype,
+    cast,
     load_each,
     load_tile,
     locate_pairs,
@@ -68,6 +69,17 @@ class Scores(NamedTuple):
         inputs = self.chosen_rewards, self.rejected_rewards, self.head_weight, self.head_bias
         return accumulate_dtype(rows.chosen, rows.rejected, *inputs)
 
+    def block(self, pairs: slice | None) -> "Scores":
+        """Of some of the pairs; None for all."""
+        if pairs is None:
+            return self
+        return Scores(
+            *(None if tensor is None else tensor[pairs] for tensor in self[:2]),
+            self.head_weight,
+            self.head_bias,
+            *(None if tensor is None else tensor[pairs] for tensor in self[4:]),
+        )
+
 
 class Mu(NamedTuple):
     """What the weights are measured by: a number, a tensor, or this batch's own mean.
@@ -86,11 +98,13 @@ class Mu(NamedTuple):
 
 
 class LossResult(NamedTuple):
+    """What is not asked for is None."""
+
     loss: Tensor  # (), or (P,) with reduction "none"
     gradient: Tensor  # (2, P) of the loss with respect to the chosen and the rejected rewards
-    head_gradient: Tensor  # (H + 1,) of weight and bias for an upstream gradient of 1; (0,) if not asked for
-    pair_stats: Tensor  # (4, P); (0,) if not asked for
-    batch_stats: Tensor  # (3,); (0,) if not asked for
+    head_gradient: Tensor | None  # (H + 1,) of weight and bias for an upstream gradient of 1
+    pair_stats: Tensor | None  # (4, P)
+    batch_stats: Tensor | None  # (3,)
 
     @classmethod
     def allocate(
@@ -103,9 +117,9 @@ class LossResult(NamedTuple):
         return cls(
             empty(num_pairs) if options.reduction == "none" else empty(),
             empty(2, num_pairs),
-            empty(rows.hidden_size + 1 if head_gradient else 0),
-            empty(4, num_pairs) if stats else empty(0),
-            empty(3 if stats else 0),
+            empty(rows.hidden_size + 1) if head_gradient else None,
+            empty(4, num_pairs) if stats else None,
+            empty(3) if stats else None,
         )
 
 
@@ -130,7 +144,10 @@ def log1p_exp_and_sigmoid(z):
 
 @triton.jit
 def weigh(distance, mu, EPS: tl.constexpr, MAX_WEIGHT: tl.constexpr, POWER: tl.constexpr):
-    """w = min((mu / (rho + eps))^power, max_weight); a NaN distance stays NaN, which tl.minimum would not let it."""
+    """w = min((mu / (rho + eps))^power, max_weight); NaN for a distance that is not finite.
+
+    A sum of squares beyond the dtype makes an infinite distance: a weight of 0 would drop the pair without a word.
+    """
     weight = mu / (distance + EPS)
     if POWER == 0:
         weight = tl.full(weight.shape, 1.0, weight.dtype)
@@ -139,7 +156,9 @@ def weigh(distance, mu, EPS: tl.constexpr, MAX_WEIGHT: tl.constexpr, POWER: tl.c
     elif POWER != 1:
         weight = tl.exp2(POWER * tl.log2(weight))
     if MAX_WEIGHT is not None:
-        weight = tl.where(weight > MAX_WEIGHT, MAX_WEIGHT, weight)
+        weight = tl.where(weight > MAX_WEIGHT, MAX_WEIGHT, weight)  # not tl.minimum: NaN stays NaN
+    if POWER != 0:
+        weight = tl.where(distance == float("inf"), float("nan"), weight)
     return weight
 
 
@@ -199,6 +218,8 @@ def _pair_loss_kernel(
     """
     program = tl.program_id(0)
     LINEAR: tl.constexpr = scores.head_weight.ptr is not None
+    # Nothing else asks for the rewards of a linear head: the loss goes by their difference.
+    REWARDS: tl.constexpr = CENTER_COEF != 0 or pair_stats_ptr is not None
 
     # 1. what stays in registers for all of this program's pairs
     mu = tl.sum(tl.full([1], mu_value, ACC))
@@ -235,7 +256,8 @@ def _pair_loss_kernel(
             if LINEAR:
                 # Before the distance: the other order spills registers of sm_100 at H=16384.
                 difference = tl.sum(delta * head[None, :], axis=1)
-                rejected_reward = tl.sum(rejected * head[None, :], axis=1)
+                if REWARDS:
+                    rejected_reward = tl.sum(rejected * head[None, :], axis=1)
             distance = tl.sqrt(tl.sum(delta * delta, axis=1))
         else:
             square = tl.zeros([BLOCK_P, BLOCK_H], ACC)
@@ -250,16 +272,18 @@ def _pair_loss_kernel(
                 if LINEAR:
                     head = load_each(scores.head_weight, columns, columns < hidden_size, ACC)
                     delta_dot += delta * head[None, :]
-                    rejected_dot += rejected * head[None, :]
+                    if REWARDS:
+                        rejected_dot += rejected * head[None, :]
             distance = tl.sqrt(tl.sum(square, axis=1))
             if LINEAR:
                 difference = tl.sum(delta_dot, axis=1)
-                rejected_reward = tl.sum(rejected_dot, axis=1)
-        if LINEAR:
+                if REWARDS:
+                    rejected_reward = tl.sum(rejected_dot, axis=1)
+        if LINEAR and REWARDS:
             if scores.head_bias.ptr is not None:
                 rejected_reward += bias
             chosen_reward = rejected_reward + difference
-        else:
+        if not LINEAR:
             chosen_reward = load_each(scores.chosen_rewards, pair, in_range, ACC)
             rejected_reward = load_each(scores.rejected_rewards, pair, in_range, ACC)
             difference = chosen_reward - rejected_reward
@@ -272,9 +296,10 @@ def _pair_loss_kernel(
         if scores.margin.ptr is not None:
             z -= load_each(scores.margin, pair, in_range, ACC)
         log1p_exp, sigmoid_minus_z = log1p_exp_and_sigmoid(z)
-        bt_loss = tl.where(z < 0, -z, 0.0) + log1p_exp
-        if LABEL_SMOOTHING != 0:
-            bt_loss += LABEL_SMOOTHING * z
+        bt_loss = tl.where(z < 0, -z, 0.0)
+        if LABEL_SMOOTHING != 0:  # (1-s) softplus(-z) + s softplus(z), which an infinite margin leaves infinite
+            bt_loss = tl.where(z < 0, (LABEL_SMOOTHING - 1) * z, LABEL_SMOOTHING * z)
+        bt_loss += log1p_exp
         weight = weigh(distance, mu, EPS, MAX_WEIGHT, POWER)
         if num_updates_ptr is not None:
             weight = tl.where(has_mu, weight, 1.0)
@@ -391,7 +416,7 @@ def _finalise_kernel(
 def _launch_pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, result: LossResult) -> None:
     shape = rows.launch_shape(centers=options.center_coef != 0)
     device, dtype = rows.chosen.device, result.gradient.dtype
-    has_head_gradient, has_stats = result.head_gradient.numel() > 0, result.pair_stats.numel() > 0
+    has_head_gradient, has_stats = result.head_gradient is not None, result.pair_stats is not None
     per_pair, acc = options.reduction == "none", triton_dtype(dtype)
     goes_by_ema, takes_up = mu.value is None and mu.tensor is None, mu.takes_up_distances
     num_gradients = rows.hidden_size + 1 if has_head_gradient else 0
@@ -405,7 +430,7 @@ def _launch_pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptio
         mu.value or 0.0,
         result.loss if per_pair else None,
         result.gradient,
-        result.pair_stats if has_stats else None,
+        result.pair_stats,
         partial,
         rows.num_pairs,
         rows.chosen.shape[0],
@@ -425,6 +450,7 @@ def _launch_pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptio
         BLOCK_H=shape.block_hidden,
         ACC=acc,
         num_warps=shape.num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
     if per_pair and not (has_stats or has_head_gradient or takes_up):
         return
@@ -432,8 +458,8 @@ def _launch_pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptio
     _finalise_kernel[(cdiv(max(num_gradients, 1), block_hidden),)](
         partial,
         None if per_pair else result.loss,
-        result.batch_stats if has_stats else None,
-        result.head_gradient if has_head_gradient else None,
+        result.batch_stats,
+        result.head_gradient,
         mu.ema[:3] if takes_up else None,
         shape.num_programs,
         rows.num_pairs,
@@ -445,6 +471,7 @@ def _launch_pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptio
         BLOCK_H=block_hidden,
         ACC=acc,
         num_warps=8,
+        enable_fp_fusion=FP_FUSION,
     )
 
 
@@ -455,89 +482,118 @@ def weigh_pairs(distance: Tensor, mu: Mu, options: LossOptions) -> Tensor:
     weight = (mu.tensor if mu.value is None else mu.value) / (distance + options.eps)
     if options.power != 1:
         weight = weight**options.power
+    if options.power != 0:
+        weight.add_(distance, alpha=0)  # NaN where it is infinite, as in `weigh`
     return weight if options.max_weight is None else weight.clamp_(max=options.max_weight)
 
 
-def _compute_pair_loss(
-    rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, has_head_gradient: bool, has_stats: bool
-) -> LossResult:
-    """The closed form: the same pass in PyTorch operators, over blocks of pairs that stay in cache."""
-    dtype = scores.accumulate_dtype(rows)
-    smoothing, centers, linear = options.label_smoothing, options.center_coef != 0, scores.head_weight is not None
-    scale = 1 / rows.num_pairs if options.reduction == "mean" else 1.0
-    head = scores.head_weight.to(dtype) if linear else None
-    head_gradient = rows.chosen.new_zeros(rows.hidden_size + 1 if has_head_gradient else 0, dtype=dtype)
-    weight_gradient, bias_gradient = head_gradient[:-1], head_gradient[-1:]
-    blocks = []
-    for block in rows.blocks():
-        # 1. rho, d, and what else is asked for
-        chosen, rejected = rows.gather(block, dtype)
-        delta = chosen - rejected
-        distance = torch.linalg.vector_norm(delta, dim=-1)
-        if not linear:
-            chosen_reward, rejected_reward = (x[block].to(dtype) for x in scores[:2])
-            difference = chosen_reward - rejected_reward
-        else:
-            # Multiply, then sum: torch sums in a cascade, which at H = 32768 is 12x closer to fp64 than a BLAS dot.
-            difference = (delta * head).sum(dim=-1)
-            if has_stats or centers:
-                rejected_reward = (rejected * head).sum(dim=-1)
-                if scores.head_bias is not None:
-                    rejected_reward += scores.head_bias
-                chosen_reward = rejected_reward + difference
-        # 2. the loss and its gradient
-        z = difference if scores.margin is None else (difference - scores.margin[block]).to(dtype)
-        bt_loss = -F.logsigmoid(z)
-        if smoothing != 0:
-            bt_loss += smoothing * z
-        weight = pair_weight = weigh_pairs(distance, mu, options)
-        if scores.pair_weight is not None:
-            pair_weight = (weight * scores.pair_weight[block]).to(dtype)
-        loss = pair_weight * bt_loss
-        gradient = pair_weight * (smoothing - torch.sigmoid(-z)) * scale
-        both_gradients = torch.stack([gradient, -gradient])
-        if centers:
-            reward_sum = chosen_reward + rejected_reward
-            loss += options.center_coef * reward_sum**2
-            centering = 2 * options.center_coef * reward_sum * scale
-            both_gradients += centering
-        # 3. the head's gradient, while the rows are in cache
-        if has_head_gradient:
-            weight_gradient.addmv_(delta.T, gradient)
-            if centers:
-                weight_gradient.addmv_((chosen + rejected).T, centering)
-                bias_gradient += 2 * centering.sum()
-        pair_stats = (weight, chosen_reward, rejected_reward, bt_loss, difference) if has_stats else ()
-        blocks.append((loss, both_gradients, distance, *pair_stats))
+class _Pairs(NamedTuple):
+    """What the closed form makes of a block of pairs, in columns of (pairs,)."""
 
-    loss, gradient, distance, *of_pairs = blocks[0] if len(blocks) == 1 else (
-        torch.cat(parts, dim=-1) for parts in zip(*blocks, strict=True)
-    )  # fmt: skip
+    loss: Tensor
+    gradient: Tensor  # (2, pairs)
+    distance: Tensor
+    # Of the statistics, if they are asked for.
+    weight: Tensor | None = None
+    chosen_reward: Tensor | None = None
+    rejected_reward: Tensor | None = None
+    bt_loss: Tensor | None = None
+    difference: Tensor | None = None
+
+
+def _compute_block(
+    rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool,
+    head: Tensor | None, head_gradient: Tensor | None, dtype: torch.dtype, scale: float,
+) -> _Pairs:  # fmt: skip
+    """The pass over pairs whose rows stay in a core's cache; their part of the head's gradient is added to (H + 1,)."""
+    smoothing, centers = options.label_smoothing, options.center_coef != 0
+    # 1. rho, d, and what else is asked for
+    chosen, rejected = rows.gather(dtype)
+    delta = chosen - rejected
+    distance = torch.linalg.vector_norm(delta, dim=-1)
+    chosen_reward = rejected_reward = None
+    if head is None:
+        chosen_reward, rejected_reward = cast(scores.chosen_rewards, dtype), cast(scores.rejected_rewards, dtype)
+        difference = chosen_reward - rejected_reward
+    else:
+        # Multiply, then sum: torch sums in a cascade, which at H = 32768 is 12x closer to fp64 than a BLAS dot.
+        difference = (delta * head).sum(dim=-1)
+        if stats or centers:
+            rejected_reward = (rejected * head).sum(dim=-1)
+            if scores.head_bias is not None:
+                rejected_reward += scores.head_bias
+            chosen_reward = rejected_reward + difference
+    # 2. the loss and its gradient
+    z = difference if scores.margin is None else cast(difference - scores.margin, dtype)
+    bt_loss = F.logsigmoid(z).neg_()
+    sigmoid_minus_z = (-z).sigmoid_()
+    if smoothing != 0:
+        bt_loss = bt_loss.mul_(1 - smoothing) - smoothing * F.logsigmoid(-z)
+        sigmoid_minus_z -= smoothing
+    weight = pair_weight = weigh_pairs(distance, mu, options)
+    if scores.pair_weight is not None:
+        pair_weight = cast(weight * scores.pair_weight, dtype)
+    loss = pair_weight * bt_loss
+    minus_gradient = sigmoid_minus_z.mul_(pair_weight).mul_(scale)
+    gradient = torch.stack((-minus_gradient, minus_gradient))
+    if centers:
+        reward_sum = chosen_reward + rejected_reward
+        loss += options.center_coef * reward_sum**2
+        centering = 2 * options.center_coef * reward_sum * scale
+        gradient += centering
+    # 3. the head's gradient, while the rows are in cache
+    if head_gradient is not None:
+        head_gradient[:-1].addmv_(delta.T, minus_gradient, alpha=-1)
+        if centers:
+            head_gradient[:-1].addmv_((chosen + rejected).T, centering)
+            head_gradient[-1] += 2 * centering.sum()
+    if stats:
+        return _Pairs(loss, gradient, distance, weight, chosen_reward, rejected_reward, bt_loss, difference)
+    return _Pairs(loss, gradient, distance)
+
+
+def _compute_pair_loss(
+    rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool
+) -> LossResult:
+    """The closed form in PyTorch operators: few for few pairs, and for many a block of them at a time."""
+    dtype = scores.accumulate_dtype(rows)
+    head = None if scores.head_weight is None else cast(scores.head_weight, dtype)
+    total = rows.chosen.new_zeros(rows.hidden_size + 1, dtype=dtype) if head_gradient else None
+    scale = 1 / rows.num_pairs if options.reduction == "mean" else 1.0
+    done = [
+        _compute_block(block, scores.block(place), mu, options, stats, head, total, dtype, scale)
+        for place, block in rows.blocks()
+    ]
+    pairs = done[0]
+    if len(done) > 1:
+        columns = zip(*done, strict=True)
+        pairs = _Pairs(*(None if column[0] is None else torch.cat(column, dim=-1) for column in columns))
+    loss, pair_stats, batch_stats = pairs.loss, None, None
     if options.reduction != "none":
         loss = loss.mean() if options.reduction == "mean" else loss.sum()
-    pair_stats, batch_stats = loss.new_empty(0), loss.new_empty(0)
-    if has_stats:
-        weight, chosen_reward, rejected_reward, bt_loss, difference = of_pairs
-        pair_stats = torch.stack([distance, weight, chosen_reward, rejected_reward])
-        batch_stats = torch.stack([distance.mean(), bt_loss.mean(), (difference > 0).to(dtype).mean()])
+    if stats:
+        pair_stats = torch.stack((pairs.distance, pairs.weight, pairs.chosen_reward, pairs.rejected_reward))
+        in_order = (pairs.difference > 0).to(dtype)
+        batch_stats = torch.stack((pairs.distance, pairs.bt_loss, in_order)).mean(dim=1)
     if mu.takes_up_distances:
-        add_to_pending_(mu.ema.pending, distance.sum(), rows.num_pairs)
+        add_to_pending_(mu.ema.pending, pairs.distance.sum(), rows.num_pairs)
         if mu.ema.beta is not None:
             move_mu_(*mu.ema)
-    return LossResult(loss, gradient, head_gradient, pair_stats, batch_stats)
+    return LossResult(loss, pairs.gradient, total, pair_stats, batch_stats)
 
 
 def run_pair_loss(
-    rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, head_gradient: bool, stats: bool
+    rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool
 ) -> LossResult:
     """The pass, by the implementation that serves the device of the rows."""
     rows.check_range()
     if rows.num_pairs > 0 and not uses_kernels(rows.chosen.device):
-        return _compute_pair_loss(rows, scores, mu, options, head_gradient, stats)
+        return _compute_pair_loss(rows, scores, mu, options, stats, head_gradient)
     result = LossResult.allocate(rows, scores.accumulate_dtype(rows), options, head_gradient, stats)
     if rows.num_pairs == 0:
         for tensor in result:
-            tensor.zero_()
+            if tensor is not None:
+                tensor.zero_()
     else:
         with on_device(rows.chosen.device):
             _launch_pair_loss(rows, scores, mu, options, result)

@@ -59,26 +59,37 @@ class RowPairs(NamedTuple):
         processors = num_multiprocessors(self.chosen.device)
         return LaunchShape.for_pairs(self.num_pairs, self.hidden_size, self.chosen.element_size(), processors, centers)
 
-    def blocks(self) -> Iterator[slice]:
-        """Blocks of pairs whose rows stay in a core's cache between the operators that read them."""
-        size = max(1, CACHE_ELEMENTS // self.hidden_size)
-        for start in range(0, self.num_pairs, size):
-            yield slice(start, min(start + size, self.num_pairs))
+    def blocks(self) -> Iterator[tuple[slice | None, "RowPairs"]]:
+        """Blocks of pairs whose rows stay in a core's cache between the operators that read them, each with the place
+        of its pairs; None for all of them."""
+        size, num_pairs = max(1, CACHE_ELEMENTS // self.hidden_size), self.num_pairs
+        if num_pairs <= size:
+            yield None, self
+            return
+        for start in range(0, num_pairs, size):
+            pairs = slice(start, min(start + size, num_pairs))
+            if self.pairs is not None:
+                yield pairs, self._replace(pairs=self.pairs[pairs])
+            else:
+                sides = (self._side(side, pairs) for side in range(2))
+                yield pairs, RowPairs(*sides, None, None, "apart")
 
-    def gather(self, block: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The chosen and the rejected rows of a block of pairs, each (pairs, H), in `dtype`."""
-        return self._side(0, block).to(dtype), self._side(1, block).to(dtype)
+    def gather(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The chosen and the rejected rows, each (P, H), in `dtype`."""
+        pairs = slice(0, self.num_pairs)
+        return cast(self._side(0, pairs), dtype), cast(self._side(1, pairs), dtype)
 
-    def _side(self, side: int, block: slice) -> Tensor:
+    def _side(self, side: int, pairs: slice) -> Tensor:
+        """The rows of some of the pairs on one side, (pairs, H)."""
         hidden, token = (self.chosen, self.rejected)[side], self.last_token
         if self.pairs is not None:
-            row = self.pairs[block, side]
+            row = self.pairs[pairs, side]
         elif self.layout == "halves":
-            row = slice(block.start + side * self.num_pairs, block.stop + side * self.num_pairs)
+            row = slice(pairs.start + side * self.num_pairs, pairs.stop + side * self.num_pairs)
         elif self.layout == "interleaved":
-            row = slice(2 * block.start + side, 2 * block.stop, 2)
+            row = slice(2 * pairs.start + side, 2 * pairs.stop, 2)
         else:
-            row = block
+            return hidden if pairs.stop - pairs.start == len(hidden) else hidden[pairs]
         if token is None:
             return hidden[row]
         sequences, token = hidden[row], token[row]
@@ -95,7 +106,15 @@ def _check_range(name: str, index: Tensor | None, size: int, what: str) -> None:
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 if any tensor is, else fp32: the dtype of all arithmetic and of all per-pair results."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)` without a call into PyTorch where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 # What the kernels receive: Triton takes (nested) named tuples of pointers and strides as arguments. Sizes that change

@@ -135,7 +135,8 @@ SIZES_ACROSS_BLOCKS = [
     (5, 1000, torch.float32),  # 4 pairs to a block
     (3, 1025, torch.bfloat16),  # two blocks of columns where the gradient of the rows is written
     (2, 4097, torch.float64),  # rows of fp64 too long to be held ...
-    (7, 8193, torch.float32),  # ... of fp32, one pair to a block: 7 blocks on 6 programs, so a program has two to sum
+    (7, 8193, torch.float32),  # ... of fp32, two pairs to a block
+    (7, 4097, torch.bfloat16),  # one pair to a block, on 3 programs, so a program has two or three to sum
     (2, 16385, torch.bfloat16),  # ... of bf16
     (2, 8193, torch.bfloat16),  # ... of bf16 with centering
 ]

@@ -249,3 +249,48 @@ def test_rewards_are_not_rounded_to_the_dtype_of_the_rows():
     assert torch.equal(hidden @ head, (hidden @ head).flip(0))
     assert stats.accuracy == 1
     assert stats.chosen_rewards - stats.rejected_rewards == 2**-4
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_rows_whose_squares_are_beyond_fp32_show_in_the_loss(form, power):
+    # Their distance is infinite, and a weight of 0 would drop the pair without a word.
+    case = CASES[form](3, 6, torch.float32, power=power, reduction="none")
+    clean = ours(case)
+    hidden = case.inputs["hidden"] if form == "linear" else case.arguments["chosen_hidden"]
+    hidden[1] = 1e20
+    if form == "linear":
+        case.inputs["weight"].fill_(1e-20)
+        clean = ours(case.having(power=0.0))
+    result = ours(case)
+    assert result.stats.distance[1] == math.inf
+    assert result.loss.isfinite().tolist() == [True, power == 0, True]
+    assert power != 0 or torch.equal(result.loss, clean.loss)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_an_infinite_margin_makes_an_infinite_loss_and_no_nan(form, label_smoothing):
+    margin = torch.tensor([math.inf, 0.0, -math.inf], device=DEVICE)
+    case = CASES[form](3, 5, torch.float32, label_smoothing=label_smoothing, reduction="none").having(margin=margin)
+    loss, _, gradients = ours(case)
+    assert loss[0] == math.inf
+    assert loss[2] == (math.inf if label_smoothing else 0)
+    assert_same_bits(loss[1], ours(case.having(margin=torch.zeros_like(margin))).loss[1])
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_upstream_gradients_far_apart(trained, layout):
+    # A column of a wide matrix: 2^30 elements from pair to pair, so 3 * stride does not fit into 32 bits.
+    case = linear_case(4, 5, torch.float32, layout=layout, reduction="none")
+    near = randn(4, dtype=torch.float32)
+    far = torch.empty(3 * 2**30 + 1, device=DEVICE).as_strided((4,), (2**30,))  # never touched between the four
+    far.copy_(near)
+    results = []
+    for upstream in (near, far):
+        inputs = {name: tensor.detach().requires_grad_(name in trained) for name, tensor in case.inputs.items()}
+        loss = linear_normbt_loss(**inputs, **case.arguments)
+        results.append(torch.autograd.grad(loss, [inputs[name] for name in trained], upstream))
+    assert_same_bits(*results)

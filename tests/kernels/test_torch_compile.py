@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, pair_distance
 from normbt_kernels.checks import linear_inputs, reward_inputs
-from normbt_kernels.ops.autograd import Arguments
+from normbt_kernels.ops.autograd import Arguments, Call
 from normbt_kernels.ops.ema import EMA
 from normbt_kernels.ops.pair_loss import LossOptions, Mu
 
@@ -37,14 +37,14 @@ def arguments_of(case: Case, mu: str = "number", stats: bool = True, **options) 
     given = {name: value for name, value in (case.inputs | case.arguments).items() if name not in ("mu", "reduction")}
     given = {"bias": None} | given if case.form == "linear" else given
     rows, scores = (linear_inputs if case.form == "linear" else reward_inputs)(**given)
-    return Arguments.of(rows, scores, mus()[mu], constants, stats)
+    return Arguments.of(Call(rows, scores, mus()[mu], constants, stats))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pooled", [False, True], ids=["rows", "pooled"])
 def test_opcheck_pair_distance(layout, pooled):
     case = linear_case(3, 5, torch.bfloat16, layout=layout, pooled=pooled)
-    rows = arguments_of(case).rows
+    rows = arguments_of(case).call.rows
     torch.library.opcheck(torch.ops.normbt.pair_distance.default, (*rows, torch.float32))
 
 
@@ -108,7 +108,7 @@ def test_backward_operator_refuses_to_be_differentiated():
 
 
 def test_the_distance_operator_gives_a_constant():
-    rows = arguments_of(linear_case()).rows
+    rows = arguments_of(linear_case()).call.rows
     hidden = rows.chosen.clone().requires_grad_()
     distance = torch.ops.normbt.pair_distance(*rows._replace(chosen=hidden, rejected=hidden), torch.float64)
     assert not distance.requires_grad
