@@ -10,6 +10,9 @@ the same rounds: its interval must hold 0, and shows how small a difference this
     bt       logits of the model, -log sigmoid(r_c - r_r)
     eager    the same rewards, weighed in PyTorch with a running mean distance
     ours     LinearNormBTLoss on what the head reads: rewards, distance, loss and running mean in one pass
+
+With --realistic, `realistic_step.py` measures instead: real trainers at the lengths of preference pairs, plain BT in
+TRL's beside NormBT padded, with late pooling and padding-free.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import reference
+from bench import realistic_step
 from bench.harness import DTYPES, Report, print_table
 from bench.timing import spread, synchronize
 from normbt_kernels import LinearNormBTLoss
@@ -48,9 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-pairs", "-P", type=int, metavar="P", help="in a step (default: 8; CPU: 4)")
     parser.add_argument("--sequence-length", "-S", type=int, metavar="S", help="(default: 512; CPU: 64)")
     parser.add_argument("--steps", type=int, help="timed, of each contender (default: 100, --quick: 40)")
+    realistic_step.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.realistic:
+        return realistic_step.run(options)
     report = Report("train-step", options)
     gpu = options.device.type == "cuda"
     size = options.model_size or ("small" if gpu else "tiny")
