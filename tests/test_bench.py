@@ -98,6 +98,24 @@ def test_scaling_fits_every_sweep(results):
 
 
 @pytest.mark.slow
+def test_realistic_step_runs_every_trainer_on_the_same_pairs(tmp_path):
+    sizes = ["--steps", "2", "-P", "4", "--layers", "2", "-H", "32", "--median-length", "8"]
+    folder = tmp_path / "results"
+    command = Command("bench", "train-step", "--realistic", "--device", "cpu", "--threads", 1, "--out", folder, *sizes)
+    assert command.wait() == 0, command.errors
+    result = json.loads((folder / "realistic-step.json").read_text())
+    check_environment(result, "train-step --realistic")
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert rows.keys() == {"trl", "trl-grouped", "padded", "late", "padding-free", "both"}
+    assert rows["both"]["padding"] < rows["padded"]["padding"] == rows["trl"]["padding"]
+    assert rows["trl-grouped"]["padding"] <= rows["trl"]["padding"]
+    for row in rows.values():
+        assert len(row["seconds"]) == 2
+        assert row["interval_95"][0] <= row["time_ratio"] <= row["interval_95"][1]
+        assert row["peak_bytes"] > 0
+
+
+@pytest.mark.slow
 def test_train_step_compares_every_loss_with_plain_bt(results):
     pytest.importorskip("transformers")
     result = results("train-step")

@@ -154,6 +154,11 @@ def test_transformers_page(trained, playground):
     assert torch.equal(torch.load(checkpoint / "normbt.pt")["mu"], trainer.pair_loss.mu)
 
 
+def test_whole_step_page(inside):
+    """It compares its own rewards."""
+    assert run("whole-step")["rewards"].shape == (2, 1)
+
+
 def test_rewardbench_page(trained, inside):
     commands = "".join(blocks("rewardbench", "bash"))
     (command,) = re.findall(r"^normbt (.*)", commands, flags=re.MULTILINE)

@@ -1,11 +1,15 @@
 """Late pooling and padding-free change no reward and no gradient, or are refused in words, and nothing is changed."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
+
+from transformers import __version__
 
 from normbt_kernels.data.packing import pack
 from normbt_kernels.integrations import shortcuts
@@ -15,6 +19,7 @@ from normbt_kernels.integrations.shortcuts import install_shortcuts, remove_shor
 from tests.every_classifier import ARCHITECTURES, NOT_BUILDABLE, make_classifier, make_pairs, outcomes
 from tests.tiny_classifiers import PAD, gradients, make_batch, make_model
 
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "whole-step.md").read_text()
 BOTH = {"late_pooling": True, "padding_free": True}
 EACH = [pytest.param({name: True}, id=name) for name in BOTH] + [pytest.param(BOTH, id="both")]
 
@@ -44,10 +49,19 @@ def assert_equal(seen, expected, relative=1e-6):
 # --- every classifier of transformers ------------------------------------------------------------------------------
 
 
+def documented():
+    """What docs/whole-step.md says of each architecture."""
+    rows = re.findall(r"^\| (both|late pooling|padding-free|neither) \| (.*) \|$", PAGE, flags=re.MULTILINE)
+    return {architecture: taken for taken, names in rows for architecture in names.split(", ")}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_exact_or_refused_in_one_sentence(architecture):
-    for outcome in outcomes(architecture).values():
-        assert "\n" not in outcome
+    found = outcomes(architecture)
+    assert not any("\n" in outcome for outcome in found.values())
+    if f"transformers {__version__.rpartition('.')[0]} " in PAGE:
+        exact = [name.replace("late_", "late ").replace("_free", "-free") for name in found if found[name] == "exact"]
+        assert documented()[architecture] == {0: "neither", 1: exact[0] if exact else "", 2: "both"}[len(exact)]
 
 
 def test_every_architecture_is_tried_or_named():
