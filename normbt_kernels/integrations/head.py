@@ -193,7 +193,7 @@ class HeadReader:
         if not torch.allclose(rewards, scored, equal_nan=True):
             off = (rewards - scored).abs().max().item()
             raise UserError(
-                "the model's own rewards are not those of the last token of each sequence that is no padding, where "
+                "the model's own rewards are not those of the last token of each sequence that is not padding, where "
                 f"NormBT reads its head {self._name!r}: they are up to {off:.3g} apart; have the model pool its hidden "
                 "states before its head (EuroBERT: classifier_pooling='mean')"
             )
