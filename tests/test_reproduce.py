@@ -164,11 +164,15 @@ def test_every_model_is_trained_on_every_data_set_at_every_rate_with_every_loss(
 def test_the_inferred_recipe_trains_every_model_with_its_own_settings(reproduced):
     folder, _ = reproduced
     for model in MODELS:
-        results = json.loads((folder / "inferred" / "skywork" / Path(model).name / "results.json").read_text())
-        assert list(results["losses"]) == LOSSES["skywork"]
-        arguments = results["training_arguments"]
-        assert arguments["gradient_accumulation_steps"] * arguments["per_device_train_batch_size"] == 256
-        assert (arguments["learning_rate"], arguments["max_grad_norm"]) == (5e-6, 5)
+        for data, pairs_per_step, learning_rate, epochs in (("skywork", 256, 5e-6, 1), ("unified", 24, 1e-5, 2)):
+            trained = folder / "inferred" / data / Path(model).name
+            results = json.loads((trained / "results.json").read_text())
+            assert list(results["losses"]) == LOSSES["skywork"]
+            arguments = results["training_arguments"]
+            assert arguments["gradient_accumulation_steps"] * arguments["per_device_train_batch_size"] == pairs_per_step
+            assert (arguments["learning_rate"], arguments["max_grad_norm"]) == (learning_rate, 5)
+            assert arguments["num_train_epochs"] == epochs
+            assert (trained / "normbt" / "adapter_config.json").is_file() == (data == "unified")
 
 
 def test_the_data_are_the_better_and_the_worse_answer(reproduced):

@@ -35,11 +35,11 @@ Train a reward model with NormBT and the Hugging Face Trainer.
 
   normbt train
       The built-in default: a tiny Llama and generated pairs, plain Bradley-Terry (BT) beside NormBT, in about a
-      minute on one CPU core. Downloads nothing. Writes to ./{DEMO_OUTPUT_DIR}, or to ./{DEMO_OUTPUT_DIR}-2, -3, ...
-      where that exists.
+      minute on one CPU core. Downloads nothing. Writes to ./{DEMO_OUTPUT_DIR}, or if that exists to
+      ./{DEMO_OUTPUT_DIR}-2, -3, ...
   normbt train --dataset stdlib-faults
-      A harder one, of real text: functions of Python's standard library, and the same with a fault. Some five
-      minutes on one CPU core.
+      A harder task with real text: functions of Python's standard library, and the same functions with a fault. It
+      takes about five minutes on one CPU core.
   normbt train --model meta-llama/Llama-3.2-1B-Instruct --dataset trl-lib/ultrafeedback_binarized \\
       --output-dir runs/llama --bf16 --learning-rate 1e-5 --num-train-epochs 1
   normbt train --model ./my-model --dataset pairs.jsonl --output-dir runs/mine --loss bt normbt
@@ -47,7 +47,7 @@ Train a reward model with NormBT and the Hugging Face Trainer.
 """
 
 TRAIN_EPILOG = """\
-Every option of transformers.TrainingArguments is taken as well (--help-trainer lists them), among them:
+Every option of transformers.TrainingArguments works too (--help-trainer lists them), among them:
   --learning-rate F                    default 5e-5
   --per-device-train-batch-size N      pairs per step and device, default 8
   --gradient-accumulation-steps N      default 1
@@ -55,18 +55,18 @@ Every option of transformers.TrainingArguments is taken as well (--help-trainer 
   --bf16, --gradient-checkpointing     less memory
   --eval-strategy steps --eval-steps N evaluate while training; the held-out pairs are always judged at the end
   --save-strategy no|steps|epoch       checkpoints to resume from; the final model is always saved
-  --resume-from-checkpoint last        leave out each loss that is trained already, continue the others from their last
-                                       checkpoint if they have one; or the folder of a checkpoint
+  --resume-from-checkpoint last        keep each loss that is trained already, continue the others from their last
+                                       checkpoint if they have one; or name the folder of a checkpoint
   --seed N                             default 42
 
-Written to the output folder: <loss>/ (model and tokenizer, for AutoModelForSequenceClassification.from_pretrained),
+It writes to the output folder: <loss>/ (model and tokenizer, for AutoModelForSequenceClassification.from_pretrained),
 results.json (accuracy by category and distance, training log, versions) and results.png (needs matplotlib).
 """
 
 
 EVALUATE_DESCRIPTION = """\
-Score preference pairs with a trained reward model, and count the right ones as RewardBench v1 does: chosen > rejected,
-strictly, by the model's own logits; sections weighted by RewardBench's example counts.
+Score preference pairs with a trained reward model, and count the right ones as RewardBench v1 does. A pair is right if
+chosen > rejected, strictly, by the model's own logits. Sections are weighted by RewardBench's example counts.
 
   normbt evaluate normbt-demo/normbt
       A checkpoint of the built-in default on the built-in held-out pairs.
@@ -75,36 +75,35 @@ strictly, by the model's own logits; sections weighted by RewardBench's example 
       copy of the benchmark's rows.
   normbt evaluate runs/mine/normbt --dataset allenai/reward-bench --out rewardbench.json
       RewardBench (--benchmark rewardbench is the same), or any pairs. A row has the columns prompt, chosen, rejected
-      and subset. Such a row becomes a conversation by the tokenizer's chat template, as in the rewardbench package; a
-      row without subset is read as by normbt train.
+      and subset. The tokenizer's chat template makes such a row a conversation, as in the rewardbench package. A row
+      without subset is read as normbt train reads it.
 """
 
 EVALUATE_EPILOG = """\
-Stopped with --out, the same command continues where it was. FILE.json appears when all is done, whole.
+With --out, give a stopped command again to continue it. FILE.json appears when all is done.
 """
 
 DIAGNOSE_DESCRIPTION = """\
-Measure which pairs plain Bradley-Terry (BT) gives its gradient to, and how NormBT would share it out.
+Measure which pairs receive the gradient of plain Bradley-Terry (BT), and how NormBT would share it out.
 
   normbt diagnose
       The built-in default: a tiny Llama after a short training with BT, on the built-in held-out pairs.
   normbt diagnose --dataset stdlib-faults
-      The same for functions of Python's standard library, and the same with a fault.
+      The same for functions of Python's standard library, each with and without a fault.
   normbt diagnose --model ./my-reward-model --dataset pairs.jsonl --out my.json
   normbt diagnose --model Qwen/Qwen2.5-0.5B --dataset trl-lib/ultrafeedback_binarized --dataset-split 'train[:2000]'
       A classifier as trained, or a causal LM with a new head.
 
-A pair's gradient is prediction error times distance at the head, where it is exact; for all other weights (the
-backbone) it is measured on a sample, one pair at a time. Reported are, under BT and under NormBT: the slope of log
-gradient norm on log distance at a fixed error (BT's head: 1, NormBT's: 0), the share of the gradient that each quarter
-of the pairs by distance receives, mean norms by error and distance, and rows for each category or subset. The
-backbone's slope is the --power that makes its gradient independent of the distance; none is recommended where the
-slopes within quarters of the pairs by error disagree.
+At the head, the gradient of a pair is exactly prediction error times distance. For all other weights (the backbone) it
+is measured on a sample, one pair at a time. The report shows, under BT and under NormBT, the slope of log gradient norm
+on log distance at a fixed error (BT's head: 1, NormBT's: 0), the share of the gradient that each quarter of the pairs
+by distance receives, mean norms by error and distance, and a row for each category or subset. The backbone's slope is
+the --power that makes its gradient independent of the distance. If the slopes within quarters of the pairs by error
+disagree, no power is recommended.
 """
 
 DIAGNOSE_EPILOG = """\
-Written beside the table: FILE.json and, with matplotlib, the figure FILE.png, whole or not at all. Stopped, the same
-command continues where it was.
+It also writes FILE.json and, with matplotlib, the figure FILE.png. Give a stopped command again to continue it.
 """
 
 
@@ -127,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(error: BaseException) -> int:
-    """Says in one line what stopped a command, and returns its exit code; a fault of ours is shown whole."""
+    """Says in one line what stopped a command, and returns its exit code. A fault of ours gets its whole traceback."""
     if isinstance(error, KeyboardInterrupt):
         print("\nnormbt: interrupted", file=sys.stderr)
         return 130
