@@ -73,6 +73,7 @@ class Command:
 def _run(module, arguments, folder, environment, output, errors):
     os.setsid()  # a process group, as a shell makes one for each command
     os.chdir(folder)
+    sys.path.insert(0, folder)  # as `python -m` does
     os.environ.clear()
     os.environ.update(environment)
     for path, descriptor in ((output, 1), (errors, 2)):
@@ -82,14 +83,16 @@ def _run(module, arguments, folder, environment, output, errors):
 
 
 @contextmanager
-def started_ranks(num_ranks, module, *arguments, **environment):
+def started_ranks(num_ranks, module, *arguments, cwd=REPOSITORY, **environment):
     """The module as the ranks of one job, as torchrun starts them; those that still run after the block are killed."""
     # The store is here, as torchrun's is in torchrun: nobody else can take its port.
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     environment |= {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-    ranks = [Command(module, *arguments, **environment, RANK=rank, LOCAL_RANK=rank) for rank in range(num_ranks)]
+    ranks = [
+        Command(module, *arguments, cwd=cwd, **environment, RANK=rank, LOCAL_RANK=rank) for rank in range(num_ranks)
+    ]
     try:
         yield ranks
     finally:
@@ -97,8 +100,9 @@ def started_ranks(num_ranks, module, *arguments, **environment):
             rank.kill()
 
 
-def run_ranks(num_ranks, module, *arguments, **environment):
-    """Runs all ranks to their end, which must be a good one."""
-    with started_ranks(num_ranks, module, *arguments, **environment) as ranks:
+def run_ranks(num_ranks, module, *arguments, cwd=REPOSITORY, **environment):
+    """Runs all ranks to their end, which must be a good one; what each printed."""
+    with started_ranks(num_ranks, module, *arguments, cwd=cwd, **environment) as ranks:
         exit_codes = [rank.wait() for rank in ranks]
         assert not any(exit_codes), "\n".join(rank.errors for rank in ranks)
+        return [rank.output for rank in ranks]

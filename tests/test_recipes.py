@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, Tra
 
 from normbt_kernels.commands.cli import main
 from normbt_kernels.integrations.head import last_token
+from tests.processes import run_ranks
 from tests.tiny_classifiers import HIDDEN, PAD, VOCABULARY, make_batch, make_model
 from tests.tiny_pairs import EOS
 
@@ -193,15 +195,30 @@ END_WITHOUT_GLOO = """
 """
 
 
-def test_trl_command_line_on_two_ranks_under_ddp_yaml(playground):
+def accelerate_launch(words):
+    """What `accelerate launch` makes of its words: the arguments, and the environment that it gives to each rank."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    environment = prepare_multi_gpu_env(arguments)
+    return arguments, {name: environment[name] for name in environment.keys() - os.environ.keys()}
+
+
+def test_trl_command_line_on_two_ranks_under_ddp_yaml(playground, monkeypatch):
     (command,) = [block for block in blocks("trl", "bash") if "reward_normbt.py" in block]
     script = playground / "reward_normbt.py"
     call = "    reward.main("
     assert call in script.read_text()
     before = "    import os, sys\n\n    NormBTRewardTrainer.end = lambda self: None\n"
     script.write_text(script.read_text().replace(call, before + call) + END_WITHOUT_GLOO)
-    out = launched(command.rstrip() + " --use_cpu --max_steps 2 --logging_steps 1 --report_to none", playground)
-    assert "'mu':" in out
+    monkeypatch.chdir(playground)
+    words = shlex.split(command.replace("\\\n", "").partition("accelerate launch")[2])
+    words += ["--use_cpu", "--max_steps", "2", "--logging_steps", "1", "--report_to", "none"]
+    launch, environment = accelerate_launch(words)
+    module, arguments = launch.training_script.removesuffix(".py"), launch.training_script_args
+    outputs = run_ranks(launch.num_processes, module, *arguments, cwd=playground, CI=1, **environment)
+    assert "'mu':" in outputs[0]
     assert (playground / "runs" / "qwen3-cli" / "checkpoint-2" / "rng_state_1.pth").is_file()  # there was a rank 1
     assert (playground / "runs" / "qwen3-cli" / "checkpoint-2" / "normbt.pt").is_file()
 
