@@ -246,7 +246,8 @@ class DistanceEMA(nn.Module):
         if not self.training:
             return
         group = self._group()
-        self._first_step_began |= rows.num_pairs > 0 or group is not None
+        if rows.num_pairs > 0 or group is not None:  # torch 2.11 compiles `|=` of a symbol into invalid code
+            self._first_step_began = True
         if self.per_step:
             return
         if group is None:  # mu has moved already
