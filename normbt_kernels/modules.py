@@ -1,4 +1,4 @@
-"""NormBTLoss and LinearNormBTLoss: the two forms of the loss, each with the EMA of the mean distance inside."""
+"""NormBTLoss and LinearNormBTLoss: the two forms of the loss as modules, each with its own moving average mu."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from normbt_kernels.ops.pairs import RowPairs
 
 
 class Reduction(NamedTuple):
-    """A step's sums on their way between the ranks, and the state that they move."""
+    """The sums of a step while the ranks add them, and the state that they will move."""
 
     work: dist.Work
     pending: Tensor
@@ -31,27 +31,27 @@ class Reduction(NamedTuple):
 class DistanceEMA(nn.Module):
     """The loss's memory: mu <- beta*mu + (1-beta)*mean distance, once for each optimizer step.
 
-    All pairs of a step are weighed by the mu from before it, in whichever micro-batch and on whichever rank they are,
-    and mu then moves by their mean: sums of distances and numbers of pairs are added, so the result does not depend on
-    how a batch is cut. One line says what a step is:
+    The mu from before a step weighs all its pairs, in whichever micro-batch and on whichever rank they are. Then mu
+    moves by their mean: sums of distances and numbers of pairs are added, so the result does not depend on how a batch
+    is cut. One line says what a step is:
 
         loss_fn.follow(optimizer)
 
-    Without it, each forward in training mode is a step. In eval mode mu is used and not changed.
+    Without it, each forward in training mode is a step. Eval mode uses mu and does not change it.
 
-    The first step has no mu from before it. Each of its micro-batches is weighed by its own mean, over all ranks, and
-    the mean over all of them becomes mu. In eval mode, as long as there is no mu, a batch is weighed by its own mean
-    and nothing is stored.
+    The first step has no mu from before it. The mean of each micro-batch, over all ranks, weighs that micro-batch, and
+    the mean over all of them becomes mu. In eval mode without a mu, the mean of the batch weighs it and nothing is
+    stored.
 
     A step without pairs, or with a distance that is not finite, leaves mu as it was; if it was the first, pairs weigh 1
-    until there is a mu. A step that a GradScaler skips is none: its pairs count with those of the next one.
+    until there is a mu. A step that a GradScaler skips is no step: its pairs count with those of the next one.
 
     With torch.distributed initialised, the ranks of `process_group` share mu. They add two floats once a step, while
-    the next forward runs; who reads `mu`, `num_updates` or the `state_dict` before that waits for the sum. All ranks
-    must step equally often, and call forward equally often in the first step and where each forward is a step.
-    A CUDA graph cannot hold that exchange, and its capture is refused; `torch.compile` breaks its graph there.
+    the next forward runs; reading `mu`, `num_updates` or the `state_dict` before that waits for the sum. All ranks must
+    step equally often. In the first step, and if each forward is a step, they must also call forward equally often.
+    A CUDA graph cannot hold that exchange, so capturing it is refused; `torch.compile` breaks its graph there.
 
-    The module cannot be inside an activation checkpoint, which would repeat its forward: that is refused in backward.
+    An activation checkpoint around the module would repeat its forward, so backward refuses it.
 
     Buffers, both in the `state_dict`: `mu` (fp32, 0-d, 0 until there is one) and `num_updates` (int64, 0-d), how many
     steps have moved it. In the middle of a step the `state_dict` also has `pending` (fp32, (2,)): the sum of distances
@@ -101,7 +101,7 @@ class DistanceEMA(nn.Module):
         self._first_mean: Tensor | None = None
 
     def reset_parameters(self) -> None:
-        """Forgets mu and what is pending: the state of a new module."""
+        """Forgets mu and the pending sums, like a new module."""
         self._settle()
         for state in (*self._buffers.values(), self.pending):
             state.zero_()
@@ -112,14 +112,14 @@ class DistanceEMA(nn.Module):
     def follow(self, optimizer: Any) -> None:
         """From now on, mu moves once for each step of `optimizer`.
 
-        A copy of this module follows nothing until it is told to.
+        A copy of this module follows no optimizer until you call `follow` on it.
 
         Args:
-            optimizer: a `torch.optim.Optimizer`, or what wraps one as its `optimizer`: accelerate's, DeepSpeed's
-                engine. Of several that train the model in turn, the first one that steps ends the step.
+            optimizer: a `torch.optim.Optimizer`, or an object that holds one as its `optimizer` (accelerate's,
+                DeepSpeed's engine). If several optimizers train the model in turn, the first one that steps ends the step.
 
         Raises:
-            TypeError: it is none.
+            TypeError: `optimizer` is not an optimizer.
         """
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
@@ -133,10 +133,10 @@ class DistanceEMA(nn.Module):
         self.per_step = True
 
     def end_step(self) -> None:
-        """Moves mu by the pairs since the last step, if there are any: what `follow` calls after the optimizer's step.
+        """Moves mu by the pairs since the last step, if there are any. `follow` calls it after the optimizer's step.
 
         Raises:
-            RuntimeError: each forward is a step already.
+            RuntimeError: each forward of this loss is a step.
         """
         if not self.per_step:
             raise RuntimeError("each forward of this loss is a step: call follow(optimizer), or set per_step = True")
@@ -165,7 +165,7 @@ class DistanceEMA(nn.Module):
         self._reduction = moved._replace(work=dist.all_reduce(moved.pending, group=group, async_op=True))
 
     def synchronize(self) -> None:
-        """Waits for the sum over ranks that is on its way, if there is one. Reading `mu` does so too."""
+        """Waits for a sum over ranks that has not arrived yet. Reading `mu` does the same."""
         self._settle()
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ class DistanceEMA(nn.Module):
         return value
 
     def _group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the mean, None where there are none."""
+        """The ranks that share the mean; None if there are no others."""
         if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
             return None
         return dist.group.WORLD if self.process_group == "default" else self.process_group

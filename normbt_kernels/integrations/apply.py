@@ -38,32 +38,33 @@ def apply_normbt(
     head: nn.Linear | None = None,
     power: float = 1.0,
 ) -> None:
-    """Turns the Bradley-Terry loss that `model` is trained with, by any trainer, into NormBT: one line before training.
+    """Turns the Bradley-Terry loss with which any trainer trains `model` into NormBT: one line before training.
 
-    The trainer's logged loss stays plain BT, the logits stay what they are bit for bit; in backward, the
-    antisymmetric part of each pair's reward gradient is multiplied by the pair's NormBT weight. So BT with a margin
-    or with label smoothing becomes exactly NormBT, and a centering term is left alone.
+    The trainer's logged loss stays plain BT and the logits stay the same bit for bit. In backward, the antisymmetric
+    part of each pair's reward gradient is multiplied by the pair's NormBT weight. So BT with a margin or with label
+    smoothing becomes exactly NormBT, and a centering term stays as it is.
 
-    Each forward in training mode that needs gradients is a micro-batch of pairs. All those of one optimizer step are
-    weighed by the `mu` from before it, which moves once, when the step is over, by the mean over all their pairs and
-    all ranks (`NormBTLoss` says what holds for the first step and for distances that are not finite). Any optimizer of
-    this process that holds a parameter of the model ends the step: that of Trainer, accelerate (also with
-    `accumulate`), DeepSpeed, or a loop of your own. Where there is none, each forward is a step; where it keeps copies
-    of the parameters, `<head>.normbt.follow(optimizer)` says which one it is.
+    Each forward in training mode that needs gradients is a micro-batch of pairs. The `mu` from before an optimizer step
+    weighs all its micro-batches. When the step is over, `mu` moves once, by the mean over all their pairs and all ranks
+    (`NormBTLoss` describes the first step and distances that are not finite). Any optimizer of this process that holds
+    a parameter of the model ends the step: that of Trainer, accelerate (also with `accumulate`), DeepSpeed, or your own
+    loop. Without an optimizer, each forward is a step. If the optimizer keeps copies of the parameters, name it with
+    `<head>.normbt.follow(optimizer)`.
 
-    Any number of forwards may come before a backward, in any order of backwards. Activation checkpoints may be around
-    the layers, and around the head if they are not reentrant. In eval mode and without gradients nothing happens:
-    neither `mu` nor a gradient changes, and any number of sequences is welcome.
+    Any number of forwards may come before a backward, and backwards may come in any order. Activation checkpoints may
+    be around the layers, and around the head if they are not reentrant. In eval mode and without gradients nothing
+    happens: neither `mu` nor a gradient changes, and any number of sequences is welcome.
 
     Decoders are read at the token that transformers' classifiers score: the rightmost one that is not the pad token.
-    The first 16 backwards check that the gradient reaches no other, and that the two gradients of a pair cancel, but
-    for a multiple of r_c + r_r (centering), as they do if the layout is right. The host waits for the device there.
+    The first 16 backwards check that the gradient reaches no other token. They also check that the two gradients of a
+    pair cancel up to a multiple of r_c + r_r (centering), as they do if the layout is right. The host waits for the
+    device in these checks.
 
-    `mu` and `num_updates` are buffers of a submodule `normbt` of the head. They are saved and restored with the
-    model, whose own keys stay as they were: `from_pretrained` without this package loads the checkpoint and reports
-    two unexpected keys (in the middle of an accumulation three: what is pending), and a checkpoint without them leaves
-    `mu` as it is. With peft, the head in `modules_to_save`
-    carries them in the adapter; apply before or after `get_peft_model`, as fits.
+    `mu` and `num_updates` are buffers of a submodule `normbt` of the head. They are saved and restored with the model,
+    whose own keys stay as they were. `from_pretrained` without this package loads the checkpoint and reports two
+    unexpected keys (three in the middle of an accumulation, because of the pending sums). A checkpoint without them
+    leaves `mu` as it is. With peft, the head in `modules_to_save` carries them in the adapter; you may call this before
+    or after `get_peft_model`.
 
     Args:
         model: the reward model, bare or wrapped (peft, DDP, `fully_shard`, `torch.compile`, which gets a graph break
@@ -74,7 +75,7 @@ def apply_normbt(
         beta: decay of the EMA, in [0, 1).
         eps: added to the distance, >= 0.
         max_weight: cap on the weights, None for no cap.
-        head: the scalar head; without it, the last `Linear` with one output.
+        head: the scalar head. Default: the last `Linear` with one output.
         power: of the weight, as in `normbt_loss`.
 
     Raises:
@@ -101,7 +102,7 @@ def apply_normbt(
 
 
 def remove_normbt(model: nn.Module) -> None:
-    """Undoes `apply_normbt`: the model is what it was, and trains with plain BT again. `mu` is lost.
+    """Undoes `apply_normbt`: the model is as before and trains with plain BT again. `mu` is lost.
 
     Raises:
         ValueError: NormBT is not applied to this model.
@@ -114,7 +115,7 @@ def remove_normbt(model: nn.Module) -> None:
 
 
 def _applied(model: nn.Module) -> list[tuple[nn.Module, PairWeights]]:
-    """Every head that holds weights, with them: peft's `modules_to_save` keeps a copy of the head beside it."""
+    """Every head that has NormBT, with its `PairWeights`: peft's `modules_to_save` keeps a copy of the head."""
     names = [name for name, module in model.named_modules() if isinstance(module, PairWeights)]
     return [(model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)) for name in names]
 

@@ -64,7 +64,7 @@ class PairAccuracy:
 
 
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """`PairAccuracy` of predictions at once."""
+    """`PairAccuracy` of all predictions at once."""
     return PairAccuracy()(prediction)
 
 
@@ -74,20 +74,20 @@ def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
     """`Trainer` for reward models, with NormBT as its loss.
 
-    Takes any model whose final layer is a Linear with one output (encoder or decoder classifiers with `num_labels=1`).
-    Data sets hold `chosen` and `rejected` as text or as lists of `{role, content}` messages, laid out by the
-    tokenizer's chat template, with or without a `prompt` before them; and, if wanted, the numbers `margin` (subtracted
-    from the pair's difference of rewards) and `pair_weight` (multiplied with its loss). Or they hold `chosen_ids` and
-    `rejected_ids`, token ids already. The rewards of decoders are read where the saved model will score: at the
-    rightmost token that is not the pad token. At the first batch they are compared with the model's own.
+    It takes any model whose final layer is a Linear with one output (encoder or decoder classifiers with
+    `num_labels=1`). Data sets hold `chosen` and `rejected` as text or as lists of `{role, content}` messages, which the
+    tokenizer's chat template lays out, with or without a `prompt` before them. They may hold the numbers `margin`
+    (subtracted from the pair's difference of rewards) and `pair_weight` (multiplied with its loss). Token ids are
+    welcome too, as `chosen_ids` and `rejected_ids`. The rewards of decoders are read where the saved model will score:
+    at the rightmost token that is not the pad token. The first batch compares them with the model's own.
 
-    The fused head is used where the head's weight is a plain, whole tensor on this rank (one device, DDP), and gives
-    fp32 rewards. Otherwise the rewards are the model's own, and the loss reads only the distance from the hidden
-    states: in fp32, by `PooledHead`, where the weight is sharded (FSDP, ZeRO-3); as the head gives them where it is
-    quantised or LoRA is on it. The log says which form is used, and why.
+    If the head's weight is a plain, whole tensor on this rank (one device, DDP), the head is fused with the loss and
+    gives fp32 rewards. Otherwise the rewards are the model's own, and the loss reads only the distance from the hidden
+    states: in fp32, by `PooledHead`, if the weight is sharded (FSDP, ZeRO-3); as the head gives them if it is quantised
+    or has LoRA. The log says which form is used, and why.
 
-    `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks, which are
-    all weighed by the `mu` from before the step: accumulation does not change what is trained (`LossInSteps`).
+    `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks. The `mu`
+    from before the step weighs them all, so accumulation does not change what is trained (`LossInSteps`).
 
     Ranks: gradients are averaged over ranks as DDP and FSDP do; `mu` costs one reduction of two floats for each step.
     accelerate's `even_batches` (its default) gives every rank as many pairs, so that both are what one process computes
@@ -104,8 +104,8 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`; without a
-            collator, `PreferenceCollator(processing_class)`, of a processor its tokenizer. The model may be the name of
-            a checkpoint, and need then no tokenizer.
+            collator, `PreferenceCollator` of the tokenizer (or of the processor's tokenizer). The model may be the name
+            of a checkpoint, and then needs no tokenizer.
         loss: a module called as `LinearNormBTLoss` is (the default where the head can be fused), or a `NormBTLoss`
             (the default elsewhere, and made from a `LinearNormBTLoss`).
         max_length: pairs with a sequence of more tokens are left out of training and evaluation, and counted in the
@@ -117,9 +117,9 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         **kwargs: everything else that `Trainer` takes.
 
     Raises:
-        ValueError: the model has no scalar head; the data are no preference pairs (naming the row); the head cannot be
-            fused, and the loss needs its weight; Liger would replace the model's forward; or the process would drive
-            several GPUs by `nn.DataParallel`. At the first batch: the model pools in another way.
+        ValueError: the model has no scalar head; the data are not preference pairs (the message names the row); the
+            head cannot be fused, and the loss needs its weight; Liger would replace the model's forward; or the process
+            would drive several GPUs by `nn.DataParallel`. At the first batch: the model pools in another way.
     """
 
     # The loss is a mean over the pairs of a micro-batch: Trainer divides it by the accumulation steps (5.17 does so
