@@ -116,7 +116,7 @@ class DistanceEMA(nn.Module):
 
         Args:
             optimizer: a `torch.optim.Optimizer`, or an object that holds one as its `optimizer` (accelerate's,
-                DeepSpeed's engine). If several optimizers train the model in turn, the first one that steps ends the step.
+                DeepSpeed's engine). If several train the model in turn, the first one that steps ends the step.
 
         Raises:
             TypeError: `optimizer` is not an optimizer.
