@@ -14,6 +14,7 @@ import triton.language as tl
 
 from bench import static
 from bench.count import counting
+from normbt_kernels import LinearNormBTLoss
 from normbt_kernels.ops import pair_distance, pair_loss
 
 
@@ -88,6 +89,21 @@ def count_entries() -> dict[str, dict]:
     return counts
 
 
+def count_steps() -> dict[str, dict]:
+    """What mu costs: where each forward is a step, in a micro-batch, and at the end of a step."""
+    hidden, head = torch.randn(8, 16), torch.randn(16)
+    alone, follows = LinearNormBTLoss(), LinearNormBTLoss()
+    follows.per_step = True
+    for loss_fn in (alone, follows):
+        loss_fn.load_state_dict({"mu": torch.tensor(1.0), "num_updates": torch.tensor(1)})
+    cases = {
+        "each forward a step": lambda: alone(hidden, head),
+        "micro-batch": lambda: follows(hidden, head),
+        "end of a step": follows.end_step,
+    }
+    return {name: count(run) for name, run in cases.items()}
+
+
 def of_few_pairs(step: static.Entry, num_pairs: int = 16) -> static.Entry:
     """The same for fewer pairs, which is quicker, and without PyTorch's counts."""
     floor_bytes = step.floor_bytes * num_pairs // step.case.num_pairs
@@ -95,4 +111,4 @@ def of_few_pairs(step: static.Entry, num_pairs: int = 16) -> static.Entry:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"kernels": count_kernels(), "entries": count_entries()}))
+    print(json.dumps({"kernels": count_kernels(), "entries": count_entries(), "steps": count_steps()}))

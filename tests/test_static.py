@@ -67,6 +67,14 @@ def test_each_launch_is_counted_and_not_what_the_interpreter_does_for_it(counted
     assert sum(counted["kernels"]["two copies"]["bytes"].values()) == 8000
 
 
+def test_mu_costs_one_launch_at_the_end_of_a_step_and_none_before(counted):
+    alone, micro_batch, end = (
+        counted["steps"][name]["launches"] for name in ("each forward a step", "micro-batch", "end of a step")
+    )
+    assert micro_batch == alone == {"_pair_loss_kernel": 1, "_finalise_kernel": 1}
+    assert end == {"_move_mu_kernel": 1}
+
+
 @pytest.mark.parametrize("entry", [LIMITED, UNLIMITED])
 def test_a_second_read_in_the_packages_own_kernels_is_caught(counted, entry):
     once, twice = (counted["entries"][f"{entry}, tiles read {reads}"] for reads in ("once", "twice"))
