@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from normbt_kernels.commands import train_report as report
 from normbt_kernels.data.look import look
-from normbt_kernels.data.tokens import LeftOut, Prepared
+from normbt_kernels.data.tokens import LeftOut, Prepared, check_known
 from normbt_kernels.errors import UserError
 from normbt_kernels.files import disk_trouble
 from tests.test_evaluate import make_rows, make_tokenizer, save
@@ -143,7 +143,10 @@ def test_where_nothing_can_be_written_nothing_is_loaded(checkpoint, tmp_path, mo
     ):
         assert train(out=out) == 2
         assert reason in capsys.readouterr().err
+    write_jsonl(tmp_path / "foreign.jsonl", [{"chosen": "quite other", "rejected": "words than these"}] * 2)
     for command in (["evaluate", "model"], ["diagnose", "--model", "model"]):
+        assert run_cli(*command, "--dataset", "foreign.jsonl", "--device", "cpu", "--out", tmp_path / "x.json") == 2
+        assert "of the tokens are unknown to the tokenizer" in capsys.readouterr().err
         assert run_cli(*command, "--dataset", "pairs.jsonl", "--device", "cpu", "--out", "/proc/x.json") == 2
         assert "/proc cannot be written" in capsys.readouterr().err
     assert run_cli("export", "model", "file/below") == 2
@@ -266,9 +269,8 @@ def test_the_look_counts_what_a_person_would_want_to_know():
 
 def test_hopeless_data_are_refused():
     tokenizer = make_tokenizer(pad_token="<pad>")
-    unknown = Prepared([ids([2, 2, 6], [2])], [], [])
     with pytest.raises(UserError, match="75% of the tokens are unknown to the tokenizer"):
-        look(unknown, [ids([6], [7])], tokenizer, 9)
+        check_known([ids([2, 2, 6], [2])], tokenizer)
     same = [ids([6], [7]), ids([8], [7])]
     with pytest.raises(UserError, match="every held-out pair is a training pair too"):
         look(Prepared(same, [], []), same, tokenizer, 9)

@@ -15,7 +15,7 @@ from normbt_kernels.commands.train import LossOnTheBar, one_device
 from normbt_kernels.data.built_in import GENERATED, BuiltIn, find_built_in
 from normbt_kernels.data.checkpoints import checkpoint_position_limit, load_model, load_training_tokenizer
 from normbt_kernels.data.preferences import load_preferences
-from normbt_kernels.data.tokens import LeftOut, remark, summed_up, tokenize, truncated
+from normbt_kernels.data.tokens import LeftOut, check_known, remark, summed_up, tokenize, truncated
 from normbt_kernels.diagnostics.measure import diagnose, partial_files
 from normbt_kernels.diagnostics.report import can_draw
 from normbt_kernels.errors import UserError
@@ -56,6 +56,7 @@ def run(
     positions = None if model is None else checkpoint_position_limit(model)
     limit = min(filter(None, (max_length, tokenizer.model_max_length, positions)))
     rows = tokenize(pairs, tokenizer)
+    check_known(rows, tokenizer)
     for said in summed_up((pair.where, remark(pair, row, tokenizer)) for pair, row in zip(pairs, rows, strict=True)):
         print(said)
     if truncate:
@@ -110,6 +111,7 @@ def _half_trained(built_in: BuiltIn, tokenizer: PreTrainedTokenizerBase, device:
             train_dataset=loss_rows("bt", rows),
             processing_class=tokenizer,
             loss=LinearBTLoss(),
+            keep_identical=True,  # which have no gradient under BT
         )
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossOnTheBar("training with BT"))

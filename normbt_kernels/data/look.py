@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from normbt_kernels.data.tokens import SIDES, Prepared, Row, is_identical, num_tokens
+from normbt_kernels.data.tokens import SIDES, Prepared, Row, is_identical, num_tokens, unknown_tokens
 from normbt_kernels.errors import UserError
-
-MOSTLY_UNKNOWN = 0.5  # share of unknown tokens from which a tokenizer is none of these texts
 
 
 def look(
@@ -27,7 +25,7 @@ def look(
         max_length: the limit that pairs were held to.
 
     Raises:
-        UserError: most tokens are unknown; or all held-out pairs are trained on.
+        UserError: all held-out pairs are trained on.
     """
     lengths = np.array([num_tokens(row) for row in train.rows])
     keys = [_key(row) for row in train.rows]
@@ -44,13 +42,9 @@ def look(
         "repeated_pairs": len(keys) - len(trained_on),
         "reversed_pairs": sum(key[::-1] in trained_on for key in trained_on) // 2,
         "held_out_pairs_trained_on": sum(_key(row) in trained_on for row in held_out),
-        "unknown_tokens": _unknown(train.rows, tokenizer),
+        "unknown_tokens": unknown_tokens(train.rows, tokenizer),
         "longer_side_chosen": _longer_side_chosen(train.rows),
     }
-    if known["unknown_tokens"] > MOSTLY_UNKNOWN:
-        raise UserError(
-            f"{known['unknown_tokens']:.0%} of the tokens are unknown to the tokenizer: it is not made for these texts"
-        )
     if known["held_out_pairs_trained_on"] == len(held_out):
         raise UserError("every held-out pair is a training pair too: give --eval-dataset other pairs")
     return known, _lines(known, train)
@@ -59,13 +53,6 @@ def look(
 def _key(row: Row) -> tuple[bytes, bytes]:
     chosen, rejected = (np.asarray(row[name], dtype=np.int32).tobytes() for name in SIDES)
     return chosen, rejected
-
-
-def _unknown(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> float:
-    if tokenizer.unk_token_id is None:
-        return 0.0
-    unknown = sum(int((np.asarray(row[name]) == tokenizer.unk_token_id).sum()) for row in rows for name in SIDES)
-    return unknown / sum(len(row[name]) for row in rows for name in SIDES)
 
 
 def _longer_side_chosen(rows: Sequence[Row]) -> float | None:

@@ -139,6 +139,24 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
+MOSTLY_UNKNOWN = 0.5  # share of unknown tokens from which a tokenizer is not made for these texts
+
+
+def unknown_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> float:
+    """The share of tokens that the tokenizer does not know."""
+    if tokenizer.unk_token_id is None:
+        return 0.0
+    unknown = sum(int((np.asarray(row[name]) == tokenizer.unk_token_id).sum()) for row in rows for name in SIDES)
+    return unknown / sum(len(row[name]) for row in rows for name in SIDES)
+
+
+def check_known(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError if most tokens are unknown: every sequence then looks like every other."""
+    share = unknown_tokens(rows, tokenizer)
+    if share > MOSTLY_UNKNOWN:
+        raise UserError(f"{share:.0%} of the tokens are unknown to the tokenizer: it is not made for these texts")
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """Which pairs are left out: those longer than `max_length` tokens and, unless `keep_identical`, identical ones."""
@@ -192,9 +210,10 @@ def prepare(
     cuts long sequences at the tokenizer's side of truncation, so that no pair is too long.
 
     Raises:
-        UserError: as `tokenize_pair`; or no pair is left.
+        UserError: as `tokenize_pair` and `check_known`; or no pair is left.
     """
     rows = tokenize(pairs, tokenizer, f"tokenizing {kind}")
+    check_known(rows, tokenizer)
     remarks = summed_up((pair.where, remark(pair, row, tokenizer)) for pair, row in zip(pairs, rows, strict=True))
     if truncate:
         rows, num_cut = truncated(rows, left_out.max_length, tokenizer.truncation_side)
