@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 
 import peft
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertForMaskedLM, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from normbt_kernels.commands import cli
 from normbt_kernels.data.checkpoints import load_model, load_tokenizer, load_training_tokenizer, position_limit
@@ -146,3 +146,77 @@ def test_an_adapter_without_its_head_is_refused(tmp_path, tokenizer):
     peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"neither the adapter .* nor its base model .* holds score.weight"):
         load_model(str(tmp_path / "adapter"), copy.deepcopy(tokenizer), new_head=True)
+
+
+# --- GGUF ----------------------------------------------------------------------------------------------------------
+
+GGUF_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def write_gguf(path, gguf):
+    """A Llama of one layer as llama.cpp has it, with a tokenizer of bytes and two words; and the same as a model."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a", "▁b"]
+    heads, hidden, inner = 2, 16, 32
+    shape = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1, "num_attention_heads": heads}
+    torch.manual_seed(0)
+    model = LM(LlamaConfig(vocab_size=len(words), **shape))
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {
+        "context_length": 64,
+        "embedding_length": hidden,
+        "block_count": 1,
+        "feed_forward_length": inner,
+        "head_count": heads,
+        "head_count_kv": heads,
+        "layer_norm_rms_eps": 1e-6,
+        "rope_dimension_count": hidden // heads,
+        "vocab_size": len(words),
+        "tokenizer_model": "llama",
+        "token_list": words,
+        "token_scores": [-float(i) for i in range(len(words))],
+        "token_types": [2, 3, 3, *[6] * 256, *[1] * 5],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unk_token_id": 0,
+    }.items():
+        getattr(writer, f"add_{name}")(value)
+    weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
+    writer.add_tensor("token_embd.weight", weights["model.embed_tokens.weight"])
+    writer.add_tensor("output.weight", weights["lm_head.weight"])
+    writer.add_tensor("output_norm.weight", weights["model.norm.weight"])
+    for theirs, ours in GGUF_NAMES.items():
+        weight = weights[f"model.layers.0.{ours}.weight"]
+        if theirs in ("attn_q", "attn_k"):  # the halves that rope turns stand side by side
+            weight = weight.reshape(heads, 2, -1, hidden).swapaxes(1, 2).reshape(weight.shape).copy()
+        writer.add_tensor(f"blk.0.{theirs}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def test_a_gguf_file_is_trained_from_and_saved_as_a_plain_model(tmp_path, capsys, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lm").mkdir()
+    model = write_gguf("lm/tiny.gguf", gguf)
+    rows = [{"chosen": "a" * i + " b", "rejected": "b" * i} for i in range(1, 9)]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    train = ["train", "--model", "lm", "--gguf-file", "tiny.gguf", "--dataset", str(data), "--output-dir", "out"]
+    options = ["--max-steps", "1", "--learning-rate", "0", "--use-cpu", "--disable-tqdm", "True", "--report-to", "none"]
+    assert cli.main([*train, *options]) == 0
+    assert "its reward head is new" in capsys.readouterr().out
+    trained = AutoModelForSequenceClassification.from_pretrained("out/normbt").model.state_dict()
+    for name, weight in model.model.state_dict().items():
+        assert torch.equal(trained[name][: len(weight)], weight), name

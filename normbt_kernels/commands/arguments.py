@@ -40,6 +40,7 @@ class TrainOptions:
         "and a tokenizer without a pad token of its own gets one.",
         "PATH|ID",
     )
+    gguf_file: str | None = _text("GGUF file in --model, to train from its weights (needs gguf)", "FILE")
     dataset: str | None = _text(
         "preference pairs: .json, .jsonl or .parquet file, or a hub id. Columns: chosen and rejected (text, or a list "
         "of {role, content} messages), optional prompt (text or messages), margin (number, for the losses named so), "

@@ -85,10 +85,14 @@ def user_job(options: TrainOptions, seed: int) -> Job:
     if train_pairs[0].margin is not None and not any("-margin" in name for name in losses):
         print(f"the pairs have margins, which --loss {' '.join(losses)} leaves unused; normbt-margin uses them")
 
-    tokenizer = load_training_tokenizer(options.model)
+    tokenizer = load_training_tokenizer(options.model, options.gguf_file)
     if options.chat_template is not None:
         tokenizer.chat_template = read_template(Path(options.chat_template))
-    limits = (options.max_length, tokenizer.model_max_length, checkpoint_position_limit(options.model))
+    limits = (
+        options.max_length,
+        tokenizer.model_max_length,
+        checkpoint_position_limit(options.model, options.gguf_file),
+    )
     limit = min(filter(None, limits))
     train = _prepared(train_pairs, "training pairs", tokenizer, options, limit)
     remarks = train.remarks
@@ -101,7 +105,7 @@ def user_job(options: TrainOptions, seed: int) -> Job:
     data, said = look(Prepared(train_rows, train.left_out, remarks), eval_rows, tokenizer, limit)
 
     def make_model() -> nn.Module:
-        model = load_model(options.model, tokenizer, options.dtype, new_head=True)
+        model = load_model(options.model, tokenizer, options.dtype, new_head=True, gguf_file=options.gguf_file)
         if options.lora_r is None:
             return model
         return add_lora(model, options.lora_r, options.lora_alpha, options.lora_target)

@@ -35,7 +35,7 @@ CANNOT_LOAD = (OSError, ValueError, RuntimeError, SafetensorError)  # what trans
 # --- the tokenizer -------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, or of an adapter's base model if the adapter has none of its own.
 
     Raises:
@@ -44,7 +44,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     base = base_of_adapter(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **_files(gguf_file))
     except (OSError, ValueError) as error:
         if base is None:
             raise UserError(f"{name}: {first_line(error)}") from error
@@ -63,13 +63,13 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     return getattr(processing_class, "tokenizer", processing_class)
 
 
-def load_training_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_training_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """`load_tokenizer`, with a pad token that is not also the end-of-sequence token.
 
     A decoder's forward takes the last token that is not padding. If padding were the end-of-sequence token, the saved
     checkpoint would read the token before the one that was trained.
     """
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, gguf_file)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         reason = "no pad token" if tokenizer.pad_token is None else "the end-of-sequence token as pad token"
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -103,7 +103,12 @@ def read_template(path: Path) -> str:
 
 
 def load_model(
-    name: str, tokenizer: PreTrainedTokenizerBase, dtype: str = "auto", *, new_head: bool = False
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str = "auto",
+    *,
+    new_head: bool = False,
+    gguf_file: str | None = None,
 ) -> PreTrainedModel | nn.Module:
     """The checkpoint `name`, a folder or hub id, as a sequence classifier with one label. An adapter is put on its base
     model with trainable weights. With `new_head`, the embeddings grow to all tokens of the tokenizer.
@@ -112,6 +117,7 @@ def load_model(
         name: of a classifier, of a language model, or of a peft adapter that holds a head.
         dtype: of the weights: "float32", ..., or "auto", as they were saved.
         new_head: give a checkpoint without a head for one label a new one, drawn from torch's current seed.
+        gguf_file: the file of the checkpoint that holds its weights, in the format of llama.cpp.
 
     Raises:
         UserError: there is no such checkpoint; its architecture has no sequence classifier; it has no head for one
@@ -119,7 +125,7 @@ def load_model(
             says, or is a head by another name.
     """
     base = base_of_adapter(name)
-    model, config, missing = _load_classifier(base or name, dtype)
+    model, config, missing = _load_classifier(base or name, dtype, gguf_file)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if base is not None:
         return _load_adapter(name, base, model, missing, len(tokenizer))
@@ -153,24 +159,40 @@ def base_of_adapter(name: str) -> str | None:
     return PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
-def _load_classifier(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedConfig, list[str]]:
+def _load_classifier(
+    name: str, dtype: str, gguf_file: str | None
+) -> tuple[PreTrainedModel, PreTrainedConfig, list[str]]:
     """The classifier, the configuration as saved, and the names of the head's weights that are new."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # we judge its table of weights here, and say the result in words
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **_files(gguf_file))
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=1,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **_files(gguf_file),
         )
+        if gguf_file is not None:  # which transformers takes for quantised, and refuses to save
+            model = _copied(model)
     except CANNOT_LOAD as error:
         raise UserError(f"{name}: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     return model, config, _new_weights(name, model, config, report)
+
+
+def _files(gguf_file: str | None) -> dict[str, str]:
+    return {} if gguf_file is None else {"gguf_file": gguf_file}
+
+
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
+    """A model made from the configuration, with the same weights."""
+    twin = type(model)(model.config).to(model.dtype)
+    twin.load_state_dict(model.state_dict())
+    return twin
 
 
 def _new_weights(name: str, model: PreTrainedModel, config: PreTrainedConfig, report: dict[str, Any]) -> list[str]:
@@ -320,7 +342,7 @@ def _holds_positions(name: str) -> bool:
     return name == "wpe" or ("position" in name and "relative" not in name)
 
 
-def checkpoint_position_limit(name: str) -> int | None:
+def checkpoint_position_limit(name: str, gguf_file: str | None = None) -> int | None:
     """`position_limit` of a checkpoint, from its configuration alone.
 
     Raises:
@@ -329,7 +351,9 @@ def checkpoint_position_limit(name: str) -> int | None:
     name = base_of_adapter(name) or name
     try:
         with torch.device("meta"):
-            return position_limit(AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name)))
+            return position_limit(
+                AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name, **_files(gguf_file)))
+            )
     except CANNOT_LOAD as error:
         raise UserError(f"{name}: {first_line(error)}") from error
 
