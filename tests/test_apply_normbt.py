@@ -19,6 +19,7 @@ import reference
 from normbt_kernels import apply_normbt, remove_normbt
 from normbt_kernels.integrations.pooled_head import pool_head
 from normbt_kernels.modules import DistanceEMA
+from tests.processes import FORKED
 from tests.step_ema import StepEMA, start
 from tests.tiny_classifiers import DECODERS, ENCODERS, PAD, TinyDecoder, gradients, make_batch, make_model
 
@@ -794,7 +795,7 @@ def test_ranks_equal_one_process_on_the_joined_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(rank_main, (port, str(tmp_path)), nprocs=2)
+    mp.start_processes(rank_main, (port, str(tmp_path)), nprocs=2, start_method=FORKED.get_start_method())
     single = TinyDecoder()
     apply_normbt(single)
     optimizer = torch.optim.SGD(single.parameters(), 0.1)
