@@ -1,5 +1,5 @@
-"""The loss in a Trainer's checkpoints: saved and restored beside the model and not as a part of it, so that anyone
-loads the model without this package. And which checkpoint is whole."""
+"""The loss in a Trainer's checkpoints: saved and restored beside the model and not inside it, so that anyone can load
+the model without this package. This file also tells which checkpoint is whole."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ LOSS_STATE_NAME = "normbt.pt"
 class LossInCheckpoints:
     """Before a `Trainer` in the bases of a class: `self.pair_loss` goes into every checkpoint.
 
-    A resumed run continues with the mu that was saved, and the best model is evaluated with its own. A checkpoint
-    without one is warned about.
+    A resumed run continues with the saved mu, and the best model is evaluated with its own mu. A warning names a
+    checkpoint that has none.
 
-    A process that dies while it saves leaves a folder that is not whole. `train(resume_from_checkpoint=True)` passes
-    over it to the one before: the `trainer_state.json` of a folder is written last, when every rank has written its
-    files.
+    A process that dies while it saves leaves a folder that is not whole. `train(resume_from_checkpoint=True)` skips it
+    and takes the one before: a folder gets its `trainer_state.json` last, when every rank has written its files.
     """
 
     pair_loss: nn.Module
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; `resume_from_checkpoint=True` is the last checkpoint that was saved to its end."""
+        """As in `Trainer`; `resume_from_checkpoint=True` means the last checkpoint that is whole."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:

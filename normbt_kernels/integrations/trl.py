@@ -4,7 +4,7 @@
       -> model(**batch): its rewards, and what enters its scalar head
       -> NormBTLoss on those rewards and those rows: only the distance is read from the hidden states
 
-Nothing is read of the head itself, so it may be sharded, quantised or wrapped by peft.
+The loss reads nothing of the head itself, so the head may be sharded, quantised or wrapped by peft.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from normbt_kernels.modules import NormBTLoss
 
 logger = logging.get_logger(__name__)
 
-# What is kept of each batch, in this order, and how the ranks' values become one. The first six are TRL's.
+# The metrics of each batch, in this order, and how the values of the ranks become one. The first six are TRL's.
 METRICS = {
     "num_tokens": sum,
     "min_reward": min,
@@ -49,15 +49,15 @@ METRICS = {
 class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
     """Makes any `RewardTrainer` train with NormBT: `class Mine(NormBTRewardMixin, MyRewardTrainer)`.
 
-    Replaces `compute_loss`; everything else is the trainer's own. `margin` and `center_rewards_coefficient` act as in
-    TRL: the margin inside the sigmoid, the centering unweighted. Logs TRL's metrics, each the mean over the batches
-    since the last log, and beside them `mu`, `mean_distance`, `bt_loss` (unweighted, comparable with TRL's `loss`) and
-    the range and mean of the weights. They stay on the device until then: one copy to the host per log, in which
-    every rank must take part. The state of the loss is saved in every checkpoint: a resumed run continues with it, and
-    the best model is evaluated with it; choose `eval_bt_loss` for `metric_for_best_model`.
+    It replaces `compute_loss`; everything else is the trainer's own. `margin` and `center_rewards_coefficient` act as
+    in TRL: the margin inside the sigmoid, the centering unweighted. It logs TRL's metrics, each the mean over the
+    batches since the last log, and also `mu`, `mean_distance`, `bt_loss` (unweighted, comparable with TRL's `loss`) and
+    the range and mean of the weights. They stay on the device until then: one copy to the host per log, in which every
+    rank must take part. Every checkpoint holds the state of the loss: a resumed run continues with it, and the best
+    model is evaluated with it. Choose `eval_bt_loss` for `metric_for_best_model`.
 
-    `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks, which are
-    all weighed by the `mu` from before the step: accumulation does not change what is trained (`LossInSteps`).
+    `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks. The `mu`
+    from before the step weighs them all, so accumulation does not change what is trained (`LossInSteps`).
 
     Args:
         *args, **kwargs: as the trainer takes them.
@@ -66,8 +66,8 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
 
     Raises:
         ValueError: the model has no scalar head, or Liger would replace its forward. At a batch: it does not hold as
-            many rejected sequences as chosen ones, or the forward bypasses the head. TRL refuses `num_labels` other
-            than 1 and `nn.DataParallel`.
+            many rejected sequences as chosen ones, or the forward bypasses the head. TRL itself refuses `num_labels`
+            other than 1 and `nn.DataParallel`.
     """
 
     # For the model card.
