@@ -50,6 +50,7 @@ assert not hasattr(torch.ops.normbt, "pair_loss")
 """
 
 
+@pytest.mark.slow
 def test_kernels_package_loads_the_build_and_its_loss_is_eager_normbt(tmp_path):
     build(tmp_path / "hub")
     command = [sys.executable, "-c", USES_THE_KERNEL, str(tmp_path / "hub")]
@@ -57,6 +58,7 @@ def test_kernels_package_loads_the_build_and_its_loss_is_eager_normbt(tmp_path):
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.slow
 def test_the_page_runs_without_this_package(tmp_path):
     page = (Path(__file__).resolve().parents[1] / "docs" / "hub-kernel.md").read_text()
     (command,) = re.findall(r"^python -m bench\.hub_kernel (.+)$", page, flags=re.MULTILINE)

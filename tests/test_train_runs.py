@@ -99,6 +99,7 @@ def test_a_stopped_run_says_how_to_continue_and_continues(checkpoint, tmp_path, 
     assert "bt is trained already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_continues(checkpoint, tmp_path):
     """A limit on the size of a file, in the middle of a run: what a full disk does to whoever writes."""
     command = [sys.executable, "-m", "normbt_kernels", "train", "--model", "model", "--dataset", "pairs.jsonl"]

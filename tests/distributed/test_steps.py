@@ -11,6 +11,8 @@ pytest.importorskip("accelerate")
 from tests.distributed import steps as runs
 from tests.processes import run_ranks
 
+pytestmark = pytest.mark.slow
+
 ALL_WAYS = runs.FROM_THE_START + runs.WITH_A_KNOWN_MU
 
 

@@ -179,6 +179,7 @@ def rank_main(rank, port, folder, batches):
 
 
 @pytest.mark.parametrize("bad_first", [False, True], ids=["bad batch later", "bad batch first"])
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path, bad_first):
     batches = rank_batches()
     if bad_first:

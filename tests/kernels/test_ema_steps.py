@@ -283,6 +283,7 @@ def rank_main(rank, port, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_read_the_mu_of_all_steps_whoever_reads_it_and_move_it_once(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
