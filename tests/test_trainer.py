@@ -450,10 +450,16 @@ def test_logs_are_means_over_all_pairs_since_the_last_log(model, tokenizer, tmp_
 
 
 def test_loss_that_is_not_finite_shows_once_and_spoils_no_later_log(model, tokenizer, tmp_path):
-    # The gradient of a pair that is wrong beyond measure is finite.
-    rows = [row | {"margin": margin} for margin in (0.0, float("inf"), 0.0) for row in make_rows(4)]
+    rows = [row | {"margin": margin} for margin in (0.0, 1.0, 0.0) for row in make_rows(4)]
     arguments = {"max_steps": 3, "logging_steps": 1, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
     trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows, **arguments)
+    collate = trainer.data_collator
+
+    def collate_wrong_beyond_measure(rows):  # whose gradient is finite
+        batch = collate(rows)
+        return batch | {"margin": batch["margin"] / (batch["margin"] != 1)}
+
+    trainer.data_collator = collate_wrong_beyond_measure
     trainer.train()
     first, second, third = (entry for entry in trainer.state.log_history if "mu" in entry)
     assert not math.isfinite(second["bt_loss"])
