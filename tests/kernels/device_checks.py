@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from cases import (
     BACKEND,
     CASES,
@@ -226,6 +227,25 @@ def replays_of_a_graph_are_eager_steps() -> None:
         assert recorded.num_updates == 1 + 6  # all but the third
 
 
+def graph_of_several_ranks_is_refused() -> str | None:
+    """The sum over ranks is started from Python, which a replay does not run: mu would never move."""
+    if not ON_GPU:
+        return "nothing is captured on a CPU"
+    loss_fn, inputs, refusal = LinearNormBTLoss().to(DEVICE), module_inputs("linear", 33), ""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            try:
+                loss_fn(**inputs)
+            except RuntimeError as error:
+                refusal = str(error)
+    finally:
+        dist.destroy_process_group()
+    assert "a CUDA graph cannot hold the sum over ranks" in refusal, refusal
+    assert loss_fn.num_updates == 0
+    return None
+
+
 # --- torch.compile and mixed precision -----------------------------------------------------------------------------
 
 
@@ -307,6 +327,7 @@ CHECKS = {
         tensors_on_another_device_than_the_current_one,
         no_step_makes_the_host_wait,
         replays_of_a_graph_are_eager_steps,
+        graph_of_several_ranks_is_refused,
         compiled_whole_is_eager_to_the_bit,
         amp_survives_overflow,
         a_little_of_everything,
