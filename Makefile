@@ -23,6 +23,7 @@ test-fast: $(VENV)/.installed-dev
 
 static: $(VENV)/.installed-dev
 	$(BIN)/python -m bench static --check
+	$(BIN)/python -m bench host --check --rounds 1
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

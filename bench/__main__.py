@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "memory": "peak memory above the inputs",
     "scaling": "time against P and H over four decades, with exponents",
     "train-step": "overhead of a whole training step over plain BT",
+    "host": "host time of one step at small batches, operators dispatched and Python calls made",
     "static": "launches and bytes as executed in the interpreter, and what the compiler made of the kernels",
     "tune": "which launch shapes this GPU would like: constants to propose for ops/launch.py",
     "quality": "held-out accuracy of reward models trained with each loss, over seeds (hours on a CPU)",

@@ -112,11 +112,11 @@ def linear_inputs(
         if not (_has_shape(bias) or _has_shape(bias, 1)):
             raise ValueError(f"bias must be () or (1,), got {tuple(bias.shape)}")
         _check_device("bias", bias, device)
-        bias = bias.reshape(())
+        bias = bias if bias.dim() == 0 else bias.reshape(())
     return rows, Scores(
         None,
         None,
-        weight.reshape(hidden_size),
+        weight if weight.dim() == 1 else weight.reshape(hidden_size),
         bias,
         _constant("margin", margin, num_pairs, device),
         _constant("pair_weight", pair_weight, num_pairs, device),
@@ -196,7 +196,7 @@ def _rewards(name: str, rewards: Tensor, num_pairs: int, device: torch.device) -
     if not (_has_shape(rewards, num_pairs) or _has_shape(rewards, num_pairs, 1)):
         raise ValueError(f"{name} must be (P,) or (P, 1) with P = {num_pairs} pairs, got {tuple(rewards.shape)}")
     _check_device(name, rewards, device)
-    return rewards.reshape(num_pairs)
+    return rewards if rewards.dim() == 1 else rewards.reshape(num_pairs)
 
 
 def _constant(name: str, value: Tensor | None, num_pairs: int, device: torch.device) -> Tensor | None:

@@ -59,13 +59,15 @@ def _move_mu_kernel(mu_ptr, num_updates_ptr, pending_ptr, BETA: tl.constexpr):
 
 
 def add_to_pending_(pending: Tensor, distance_sum: Tensor, num_pairs: int) -> None:
-    pending[0] += distance_sum
-    pending[1] += num_pairs
+    total, count = pending.unbind()
+    total.add_(distance_sum)
+    count.add_(num_pairs)
 
 
 def move_mu_(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
-    mean = pending[0] / pending[1]
-    moves = torch.isfinite(mean)
+    total, count = pending.unbind()
+    mean = total / count
+    moves = mean < float("inf")  # nor is 0 / 0; distances are not negative
     moved = torch.where(num_updates == 0, mean, beta * mu + (1 - beta) * mean)
     mu.copy_(torch.where(moves, moved, mu))
     num_updates.add_(moves)

@@ -271,7 +271,7 @@ def _launch_linear_gradient(
         PER_PAIR=upstream.per_pair,
         BLOCK_N=shape.block_rows,
         BLOCK_H=shape.block_hidden,
-        BLOCK_K=4,  # x 1024 columns: more partials at a time spill to local memory
+        BLOCK_K=16 // upstream.gradient.element_size(),  # x 1024 columns: more at a time spill to local memory
         ACC=triton_dtype(upstream.gradient.dtype),
         num_warps=shape.num_warps,
         enable_fp_fusion=FP_FUSION,
@@ -313,7 +313,7 @@ def _compute_linear_gradient(
             weight_gradient.addmv_((chosen + rejected).T, (chosen_gradient + rejected_gradient) / 2)
     elif needs_weight or needs_bias:
         head_gradient = upstream.head_gradient * upstream.loss_gradient
-        weight_gradient, bias_gradient = head_gradient[:-1], head_gradient[-1]
+        weight_gradient, bias_gradient = head_gradient[:-1], head_gradient[-1] if needs_bias else None
     return Gradients(
         hidden_gradient,
         cast(weight_gradient, head_weight.dtype) if needs_weight else None,
