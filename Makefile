@@ -13,13 +13,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 demo: $(VENV)/.installed
 	$(BIN)/normbt train
 
+# One worker takes a whole file, since its tests share what they train; distributed/ and kernels/, the longest, come first.
 test: $(VENV)/.installed-dev
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
-	$(PYTEST) --dist loadscope tests
+	$(PYTEST) --dist loadscope --no-loadscope-reorder tests
 
 # Between two edits: without the kernels' interpreter, and without what starts processes, compiles or trains for seconds.
 test-fast: $(VENV)/.installed-dev
-	$(PYTEST) --dist loadscope -m "not slow" tests
+	$(PYTEST) --dist loadscope --no-loadscope-reorder -m "not slow" tests
 
 static: $(VENV)/.installed-dev
 	$(BIN)/python -m bench static --check
