@@ -146,6 +146,7 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
     """Stages that have the GPU for themselves: sizes of the goals that are in no quick grid, then all benchmarks."""
     pairs, hidden, ends = (["64"], ["32"], ["8", "128"]) if smoke else (["65536"], ["4096"], ["1024", "16384"])
     few, small, length = (["8"], ["16", "64"], "8") if smoke else (["8", "64", "256"], ["2048", "8192"], "1024")
+    shape = ("--steps", "1", "--layers", "2", "--hidden-size", "32") if smoke else ()
     no_gpu = None if gpu else NO_GPU
     no_use = None if gpu or smoke else NO_GPU
 
@@ -180,6 +181,25 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
             skip=no_use,
         ),
         Stage("goals", (PYTHON, "-m", "bench.goals", str(out)), 30, writes=[out / "goals.json"], leaves=0),
+        # What follows has no goal on a GPU yet, and takes what time is left.
+        Stage(
+            "host",
+            (PYTHON, "-m", "bench", "host", "--rounds", "3" if smoke else "100", "--out", str(out)),
+            90,
+            writes=[out / "host.json"],
+            skip=no_use,
+            leaves=0,
+            optional=True,
+        ),
+        Stage(
+            "realistic step",
+            (PYTHON, "-m", "bench", "train-step", "--realistic", "--quick", "--out", str(out), *shape),
+            120,
+            writes=[out / "realistic-step.json"],
+            skip=no_use if installed("trl") else "trl, whose trainer it is compared with, is not installed",
+            leaves=0,
+            optional=True,
+        ),
         Stage(
             "tune",
             (PYTHON, "-m", "bench", "tune", "--quick", "-P", "64", "65536", "-H", "4096", "--out", str(out)),
