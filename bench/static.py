@@ -174,33 +174,9 @@ def entries() -> dict[str, Entry]:
     }
 
 
-def count_step(run: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[dict[str, int], dict[str, int]]:
-    """The figures of one step, and its traffic by phase, kernel or operator, operand and direction.
-
-    The upstream gradient is there already, and leaves accumulate nothing: neither belongs to the loss.
-    """
-    from bench.count import counting  # in a process with TRITON_INTERPRET=1
-
-    with counting() as forward:
-        result = run(inputs)
-    upstream = torch.ones_like(result)
-    with counting() as backward:
-        if result.requires_grad:
-            torch.autograd.grad(result, inputs.leaves(), upstream)
-    figures = {
-        "bytes": forward.total_bytes + backward.total_bytes,
-        "launches_forward": forward.total_launches,
-        "launches_backward": backward.total_launches,
-    }
-    traffic = {
-        f"{phase}: {source} {operand} {'write' if writes else 'read'}": size
-        for phase, count in (("forward", forward), ("backward", backward))
-        for (source, operand, writes), size in count.bytes.most_common()
-    }
-    return figures, traffic
-
-
 def count_entry(entry: Entry) -> dict[str, Any]:
+    from bench.count import count_step  # in a process with TRITON_INTERPRET=1
+
     torch.manual_seed(0)
     inputs = entry.case.make_inputs(torch.device("cpu"), copy=False)
     figures, traffic = count_step(entry.run, inputs)

@@ -13,8 +13,8 @@ import numbers
 import torch
 from torch import Tensor
 
-from normbt_kernels.ops.pair_loss import LossOptions, Mu, Scores
 from normbt_kernels.ops.pairs import RowPairs
+from normbt_kernels.ops.terms import LossOptions, Mu, Scores
 
 LAYOUTS = ("halves", "interleaved")
 REDUCTIONS = ("mean", "sum", "none")

@@ -9,8 +9,8 @@ from torch import Tensor
 from normbt_kernels.checks import linear_inputs, loss_options, mu_of, reward_inputs, row_pairs
 from normbt_kernels.ops.autograd import pair_loss
 from normbt_kernels.ops.pair_distance import measure_distances
-from normbt_kernels.ops.pair_loss import LossOptions, LossResult, Mu, Scores
 from normbt_kernels.ops.pairs import RowPairs
+from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 
 class NormBTStats(NamedTuple):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from normbt_kernels.checks import linear_inputs, loss_options, reward_inputs
 from normbt_kernels.functional import NormBTStats, loss_and_stats
+from normbt_kernels.ops.closed_form import weigh_pairs
 from normbt_kernels.ops.ema import EMA, add_to_pending_, move_mu_now
 from normbt_kernels.ops.pair_distance import measure_distances
-from normbt_kernels.ops.pair_loss import Mu, Scores, weigh_pairs
 from normbt_kernels.ops.pairs import RowPairs
+from normbt_kernels.ops.terms import Mu, Scores
 
 
 class Reduction(NamedTuple):

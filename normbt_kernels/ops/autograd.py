@@ -18,8 +18,9 @@ from normbt_kernels.ops.ema import EMA
 from normbt_kernels.ops.library import define_op, is_watched, refuse_gradients, with_empty_tables
 from normbt_kernels.ops.linear_gradient import ONCE, linear_gradient, linear_gradient_op
 from normbt_kernels.ops.pair_distance import measure_distances
-from normbt_kernels.ops.pair_loss import LossOptions, LossResult, Mu, Scores, run_pair_loss
+from normbt_kernels.ops.pair_loss import run_pair_loss
 from normbt_kernels.ops.pairs import RowPairs
+from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 
 class Call(NamedTuple):

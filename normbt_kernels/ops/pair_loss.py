@@ -18,109 +18,25 @@ same bits. The reduction also brings the EMA up to date.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import FP_FUSION, on_device, triton_dtype, uses_kernels
-from normbt_kernels.ops.ema import EMA, add_to_pending, add_to_pending_, move_mu, move_mu_
+from normbt_kernels.ops.closed_form import compute_pair_loss
+from normbt_kernels.ops.ema import add_to_pending, move_mu
 from normbt_kernels.ops.launch import cdiv
 from normbt_kernels.ops.pairs import (
     RowArguments,
     RowPairs,
     Vector,
-    accumulate_dtype,
-    cast,
     load_each,
     load_tile,
     locate_pairs,
 )
+from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
-# Rows of the (4, P) table of per-pair statistics, and entries of the (3,) statistics of the batch.
-DISTANCE, WEIGHT, CHOSEN_REWARD, REJECTED_REWARD = range(4)
-MEAN_DISTANCE, BT_LOSS, ACCURACY = range(3)
 # What each program leaves behind before its part of the head's gradient: sums of the loss, the distance, the BT loss
 # and the pairs in order.
 NUM_SUMS = 4
-
-
-class LossOptions(NamedTuple):
-    """The constants of the loss (design symbols: s, center_coef, eps, max_weight, power) and its reduction."""
-
-    label_smoothing: float
-    center_coef: float
-    eps: float
-    max_weight: float | None
-    power: float
-    reduction: str
-
-
-class Scores(NamedTuple):
-    """Where rewards come from and what weighs each pair: either both rewards, or the head that makes them."""
-
-    chosen_rewards: Tensor | None  # (P,)
-    rejected_rewards: Tensor | None  # (P,)
-    head_weight: Tensor | None  # (H,)
-    head_bias: Tensor | None  # ()
-    margin: Tensor | None  # (P,)
-    pair_weight: Tensor | None  # (P,)
-
-    def accumulate_dtype(self, rows: RowPairs) -> torch.dtype:
-        inputs = self.chosen_rewards, self.rejected_rewards, self.head_weight, self.head_bias
-        return accumulate_dtype(rows.chosen, rows.rejected, *inputs)
-
-    def block(self, pairs: slice | None) -> "Scores":
-        """Of some of the pairs; None for all."""
-        if pairs is None:
-            return self
-        return Scores(
-            *(None if tensor is None else tensor[pairs] for tensor in self[:2]),
-            self.head_weight,
-            self.head_bias,
-            *(None if tensor is None else tensor[pairs] for tensor in self[4:]),
-        )
-
-
-class Mu(NamedTuple):
-    """What the weights are measured by: a number, a tensor, or this batch's own mean.
-
-    If none of them: the mu of `ema`, and each pair weighs 1 as long as there is none.
-    """
-
-    value: float | None = None
-    tensor: Tensor | None = None  # ()
-    ema: EMA | None = None  # takes up this batch's distances, whatever weighs it, unless its `pending` is None
-    own_mean: bool = False  # distances first, their mean, then the ordinary pass: the rows are read twice
-
-    @property
-    def takes_up_distances(self) -> bool:
-        return self.ema is not None and self.ema.pending is not None
-
-
-class LossResult(NamedTuple):
-    """What is not asked for is None."""
-
-    loss: Tensor  # (), or (P,) with reduction "none"
-    gradient: Tensor  # (2, P) of the loss with respect to the chosen and the rejected rewards
-    head_gradient: Tensor | None  # (H + 1,) of weight and bias for an upstream gradient of 1
-    pair_stats: Tensor | None  # (4, P)
-    batch_stats: Tensor | None  # (3,)
-
-    @classmethod
-    def allocate(
-        cls, rows: RowPairs, dtype: torch.dtype, options: LossOptions, head_gradient: bool, stats: bool
-    ) -> "LossResult":
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=rows.chosen.device)
-
-        num_pairs = rows.num_pairs
-        return cls(
-            empty(num_pairs) if options.reduction == "none" else empty(),
-            empty(2, num_pairs),
-            empty(rows.hidden_size + 1) if head_gradient else None,
-            empty(4, num_pairs) if stats else None,
-            empty(3) if stats else None,
-        )
 
 
 class ScoreArguments(NamedTuple):
@@ -475,120 +391,13 @@ def _launch_pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptio
     )
 
 
-def weigh_pairs(distance: Tensor, mu: Mu, options: LossOptions) -> Tensor:
-    if mu.value is None and mu.tensor is None:
-        known = weigh_pairs(distance, Mu(tensor=mu.ema.mu), options)
-        return torch.where(mu.ema.num_updates > 0, known, 1.0)
-    weight = (mu.tensor if mu.value is None else mu.value) / (distance + options.eps)
-    if options.power != 1:
-        weight = weight**options.power
-    if options.power != 0:
-        weight.add_(distance, alpha=0)  # NaN where it is infinite, as in `weigh`
-    return weight if options.max_weight is None else weight.clamp_(max=options.max_weight)
-
-
-class _Pairs(NamedTuple):
-    """What the closed form makes of a block of pairs, in columns of (pairs,)."""
-
-    loss: Tensor
-    gradient: Tensor  # (2, pairs)
-    distance: Tensor
-    # Of the statistics, if they are asked for.
-    weight: Tensor | None = None
-    chosen_reward: Tensor | None = None
-    rejected_reward: Tensor | None = None
-    bt_loss: Tensor | None = None
-    difference: Tensor | None = None
-
-
-def _compute_block(
-    rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool,
-    head: Tensor | None, head_gradient: Tensor | None, dtype: torch.dtype, scale: float,
-) -> _Pairs:  # fmt: skip
-    """The pass over pairs whose rows stay in a core's cache; their part of the head's gradient is added to (H + 1,)."""
-    smoothing, centers = options.label_smoothing, options.center_coef != 0
-    # 1. rho, d, and what else is asked for
-    chosen, rejected = rows.gather(dtype)
-    delta = chosen - rejected
-    distance = torch.linalg.vector_norm(delta, dim=-1)
-    chosen_reward = rejected_reward = None
-    if head is None:
-        chosen_reward, rejected_reward = cast(scores.chosen_rewards, dtype), cast(scores.rejected_rewards, dtype)
-        difference = chosen_reward - rejected_reward
-    else:
-        # Multiply, then sum: torch sums in a cascade, which at H = 32768 is 12x closer to fp64 than a BLAS dot.
-        difference = (delta * head).sum(dim=-1)
-        if stats or centers:
-            rejected_reward = (rejected * head).sum(dim=-1)
-            if scores.head_bias is not None:
-                rejected_reward += scores.head_bias
-            chosen_reward = rejected_reward + difference
-    # 2. the loss and its gradient
-    z = difference if scores.margin is None else cast(difference - scores.margin, dtype)
-    bt_loss = F.logsigmoid(z).neg_()
-    sigmoid_minus_z = (-z).sigmoid_()
-    if smoothing != 0:
-        bt_loss = bt_loss.mul_(1 - smoothing) - smoothing * F.logsigmoid(-z)
-        sigmoid_minus_z -= smoothing
-    weight = pair_weight = weigh_pairs(distance, mu, options)
-    if scores.pair_weight is not None:
-        pair_weight = cast(weight * scores.pair_weight, dtype)
-    loss = pair_weight * bt_loss
-    minus_gradient = sigmoid_minus_z.mul_(pair_weight).mul_(scale)
-    gradient = torch.stack((-minus_gradient, minus_gradient))
-    if centers:
-        reward_sum = chosen_reward + rejected_reward
-        loss += options.center_coef * reward_sum**2
-        centering = 2 * options.center_coef * reward_sum * scale
-        gradient += centering
-    # 3. the head's gradient, while the rows are in cache
-    if head_gradient is not None:
-        head_gradient[:-1].addmv_(delta.T, minus_gradient, alpha=-1)
-        if centers:
-            head_gradient[:-1].addmv_((chosen + rejected).T, centering)
-            head_gradient[-1] += 2 * centering.sum()
-    if stats:
-        return _Pairs(loss, gradient, distance, weight, chosen_reward, rejected_reward, bt_loss, difference)
-    return _Pairs(loss, gradient, distance)
-
-
-def _compute_pair_loss(
-    rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool
-) -> LossResult:
-    """The closed form in PyTorch operators: few for few pairs, and for many a block of them at a time."""
-    dtype = scores.accumulate_dtype(rows)
-    head = None if scores.head_weight is None else cast(scores.head_weight, dtype)
-    total = rows.chosen.new_zeros(rows.hidden_size + 1, dtype=dtype) if head_gradient else None
-    scale = 1 / rows.num_pairs if options.reduction == "mean" else 1.0
-    done = [
-        _compute_block(block, scores.block(place), mu, options, stats, head, total, dtype, scale)
-        for place, block in rows.blocks()
-    ]
-    pairs = done[0]
-    if len(done) > 1:
-        columns = zip(*done, strict=True)
-        pairs = _Pairs(*(None if column[0] is None else torch.cat(column, dim=-1) for column in columns))
-    loss, pair_stats, batch_stats = pairs.loss, None, None
-    if options.reduction != "none":
-        loss = loss.mean() if options.reduction == "mean" else loss.sum()
-    if stats:
-        pair_stats = torch.stack((pairs.distance, pairs.weight, pairs.chosen_reward, pairs.rejected_reward))
-        in_order = (pairs.difference > 0).to(dtype)
-        batch_stats = torch.stack((pairs.distance, pairs.bt_loss, in_order)).mean(dim=1)
-    if mu.takes_up_distances:
-        add_to_pending_(mu.ema.pending, pairs.distance.sum(), rows.num_pairs)
-        if mu.ema.beta is not None:
-            move_mu_(*mu.ema)
-    return LossResult(loss, pairs.gradient, total, pair_stats, batch_stats)
-
-
 def run_pair_loss(
     rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool
 ) -> LossResult:
     """The pass, by the implementation that serves the device of the rows."""
     rows.check_range()
     if rows.num_pairs > 0 and not uses_kernels(rows.chosen.device):
-        return _compute_pair_loss(rows, scores, mu, options, stats, head_gradient)
+        return compute_pair_loss(rows, scores, mu, options, stats, head_gradient)
     result = LossResult.allocate(rows, scores.accumulate_dtype(rows), options, head_gradient, stats)
     if rows.num_pairs == 0:
         for tensor in result:

@@ -9,7 +9,7 @@ from normbt_kernels import LinearNormBTLoss, NormBTLoss, pair_distance
 from normbt_kernels.checks import linear_inputs, reward_inputs
 from normbt_kernels.ops.autograd import Arguments, Call
 from normbt_kernels.ops.ema import EMA
-from normbt_kernels.ops.pair_loss import LossOptions, Mu
+from normbt_kernels.ops.terms import LossOptions, Mu
 
 pytestmark = pytest.mark.slow
 

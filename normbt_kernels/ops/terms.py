@@ -1,0 +1,92 @@
+"""What goes into the loss of P pairs, and what comes out: the terms that the kernels and the closed form share."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normbt_kernels.ops.ema import EMA
+from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype
+
+# Rows of the (4, P) table of per-pair statistics, and entries of the (3,) statistics of the batch.
+DISTANCE, WEIGHT, CHOSEN_REWARD, REJECTED_REWARD = range(4)
+MEAN_DISTANCE, BT_LOSS, ACCURACY = range(3)
+
+
+class LossOptions(NamedTuple):
+    """The constants of the loss (design symbols: s, center_coef, eps, max_weight, power) and its reduction."""
+
+    label_smoothing: float
+    center_coef: float
+    eps: float
+    max_weight: float | None
+    power: float
+    reduction: str
+
+
+class Scores(NamedTuple):
+    """Where rewards come from and what weighs each pair: either both rewards, or the head that makes them."""
+
+    chosen_rewards: Tensor | None  # (P,)
+    rejected_rewards: Tensor | None  # (P,)
+    head_weight: Tensor | None  # (H,)
+    head_bias: Tensor | None  # ()
+    margin: Tensor | None  # (P,)
+    pair_weight: Tensor | None  # (P,)
+
+    def accumulate_dtype(self, rows: RowPairs) -> torch.dtype:
+        inputs = self.chosen_rewards, self.rejected_rewards, self.head_weight, self.head_bias
+        return accumulate_dtype(rows.chosen, rows.rejected, *inputs)
+
+    def block(self, pairs: slice | None) -> "Scores":
+        """Of some of the pairs; None for all."""
+        if pairs is None:
+            return self
+        return Scores(
+            *(None if tensor is None else tensor[pairs] for tensor in self[:2]),
+            self.head_weight,
+            self.head_bias,
+            *(None if tensor is None else tensor[pairs] for tensor in self[4:]),
+        )
+
+
+class Mu(NamedTuple):
+    """What the weights are measured by: a number, a tensor, or this batch's own mean.
+
+    If none of them: the mu of `ema`, and each pair weighs 1 as long as there is none.
+    """
+
+    value: float | None = None
+    tensor: Tensor | None = None  # ()
+    ema: EMA | None = None  # takes up this batch's distances, whatever weighs it, unless its `pending` is None
+    own_mean: bool = False  # distances first, their mean, then the ordinary pass: the rows are read twice
+
+    @property
+    def takes_up_distances(self) -> bool:
+        return self.ema is not None and self.ema.pending is not None
+
+
+class LossResult(NamedTuple):
+    """What is not asked for is None."""
+
+    loss: Tensor  # (), or (P,) with reduction "none"
+    gradient: Tensor  # (2, P) of the loss with respect to the chosen and the rejected rewards
+    head_gradient: Tensor | None  # (H + 1,) of weight and bias for an upstream gradient of 1
+    pair_stats: Tensor | None  # (4, P)
+    batch_stats: Tensor | None  # (3,)
+
+    @classmethod
+    def allocate(
+        cls, rows: RowPairs, dtype: torch.dtype, options: LossOptions, head_gradient: bool, stats: bool
+    ) -> "LossResult":
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=rows.chosen.device)
+
+        num_pairs = rows.num_pairs
+        return cls(
+            empty(num_pairs) if options.reduction == "none" else empty(),
+            empty(2, num_pairs),
+            empty(rows.hidden_size + 1) if head_gradient else None,
+            empty(4, num_pairs) if stats else None,
+            empty(3) if stats else None,
+        )
