@@ -249,7 +249,7 @@ def touched_bytes(tensor: Tensor) -> int:
 
 
 def count_step(run: Callable[[Any], Tensor], inputs: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """The figures of one step of `inputs` (their `leaves()` are differentiated), and its traffic by phase, kernel or operator, operand and direction.
+    """The figures of one step, and its traffic by phase, kernel or operator, operand and direction.
 
     The upstream gradient is there already, and leaves accumulate nothing: neither belongs to the loss.
     """
