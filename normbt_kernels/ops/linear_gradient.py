@@ -396,6 +396,19 @@ def linear_gradient(
     fake=_linear_gradient_fake,
     autograd=_refuse_second_gradients,
 )
-def linear_gradient_op(*arguments) -> Gradients:
+def linear_gradient_op(
+    gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, layout,
+    hidden_shape, hidden_dtype, bias_dtype, *needs,
+) -> Gradients:  # fmt: skip
+    arguments = (
+        gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, layout,
+        hidden_shape, hidden_dtype, bias_dtype, *needs,
+    )  # fmt: skip
     _check_sizes(*arguments)
-    return linear_gradient(*arguments)
+    result = linear_gradient(*arguments)
+    # An operator's results are tensors, (0,) for none, and share no memory: the closed form's bias is a view.
+    dtypes = hidden_dtype, head_weight.dtype, bias_dtype
+    result = Gradients(
+        *(gradient.new_empty(0, dtype=d) if x is None else x for x, d in zip(result, dtypes, strict=True))
+    )
+    return result._replace(head_bias=result.head_bias.clone())

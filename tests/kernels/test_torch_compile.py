@@ -5,7 +5,7 @@ import torch
 from cases import BACKEND, CASES, DEVICE, LAYOUTS, OURS, Case, assert_same_bits, linear_case, ours, randn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from normbt_kernels import LinearNormBTLoss, NormBTLoss, pair_distance
+from normbt_kernels import LinearNormBTLoss, NormBTLoss, linear_normbt_loss, pair_distance
 from normbt_kernels.checks import linear_inputs, reward_inputs
 from normbt_kernels.ops.autograd import Arguments, Call
 from normbt_kernels.ops.ema import EMA
@@ -322,3 +322,30 @@ def test_a_traced_function_differentiates(pre_dispatch, model_and_gradients):
         gradients = torch.autograd.grad(traced(parameters), list(parameters.values()))
         gradients = dict(zip(parameters, gradients, strict=True))
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
+
+
+# --- shapes that are symbols -------------------------------------------------------------------------------------
+
+
+class Head(torch.nn.Module):
+    """A body, so that the number of pairs is a symbol inside the graph, and a head of (1, H)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Linear(5, 6, device=DEVICE)
+        self.head = torch.nn.Linear(6, 1, device=DEVICE)
+
+    def forward(self, rows, margin):
+        hidden = self.body(rows)
+        return linear_normbt_loss(hidden, self.head.weight, 1.5, bias=self.head.bias, margin=margin)
+
+
+@pytest.mark.skipif(BACKEND == "triton-interpreter", reason="checks are host code: one backend is enough")
+def test_dynamic_shapes_are_checked_as_fixed_ones_are():
+    model = Head()
+    compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
+    for num_pairs in (4, 7, 1):
+        rows, margin = randn(2 * num_pairs, 5, dtype=torch.float32), randn(num_pairs, 1, dtype=torch.float32)
+        torch.testing.assert_close(compiled(rows, margin), model(rows, margin))
+    with pytest.raises(Exception, match=r"margin must be \(P,\)"):
+        compiled(randn(8, 5, dtype=torch.float32), randn(3, 1, dtype=torch.float32))
