@@ -243,7 +243,7 @@ def test_all_goes_on_past_a_failure_and_names_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_all.subprocess, "run", fake_run)
     options = argparse.Namespace(out=tmp_path, device=torch.device("cpu"), quick=True, threads=None, skip=["static"])
     assert bench_all.run(options) == 1
-    assert ran == ["speed", "memory", "scaling", "train-step"]
+    assert ran == ["speed", "memory", "scaling", "train-step", "host"]
     assert "failed with status 1" in capsys.readouterr().out
 
 

@@ -433,5 +433,5 @@ def test_help_names_every_option(capsys):
         "dtype",
         "out",
     )
-    for word in (*(f"--{option} " for option in options), "normbt-diagnosis.json", "category or subset", "continues"):
+    for word in (*(f"--{option} " for option in options), "normbt-diagnosis.json", "category or subset", "to continue"):
         assert word in printed

@@ -191,7 +191,8 @@ def test_a_checkpoint_of_apply_normbt_leaves_nothing_of_it(tokenizer, tmp_path):
     keys = set(model.state_dict())
     pool_head(model)
     apply_normbt(model)
-    model.train()(**batch).logits.sum().backward()
+    chosen, rejected = model.train()(**batch).logits.chunk(2)
+    (-torch.nn.functional.logsigmoid(chosen - rejected).mean()).backward()
     assert model.score.normbt.num_updates == 1
     model.save_pretrained(tmp_path / "checkpoint")
     state = copy.deepcopy(model.state_dict())
