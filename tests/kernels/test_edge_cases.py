@@ -294,3 +294,30 @@ def test_upstream_gradients_far_apart(trained, layout):
         loss = linear_normbt_loss(**inputs, **case.arguments)
         results.append(torch.autograd.grad(loss, [inputs[name] for name in trained], upstream))
     assert_same_bits(*results)
+
+
+VECTORS = ("margin", "pair_weight", "chosen_rewards", "rejected_rewards", "weight", "last_token", "pairs")
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_the_entries_of_any_vector_may_lie_far_apart(name):
+    # The last entry's offset is at least 2^31 elements. Of the memory between them no page is ever touched.
+    if name.endswith("rewards"):
+        case = reward_case(4, 4, torch.float32, margin="strided", pair_weight="strided")
+    else:
+        layout = "explicit" if name == "pairs" else "halves"
+        options = {"margin": "strided", "pair_weight": "strided", "pooled": True, "layout": layout}
+        case = linear_case(4, 4, torch.float32, **options)
+    near = (case.inputs | case.arguments)[name]
+    if name == "last_token":
+        near = near.to(torch.int32)
+    stride = math.ceil(2**31 / (len(near) - 1))
+    far = torch.empty(2**31 + stride, dtype=near.dtype, device=DEVICE)
+    far = far.as_strided(near.shape, (stride, 1)[: near.dim()]).copy_(near)
+    results = []
+    for vector in (near, far):
+        inputs, arguments = (
+            {key: vector if key == name else value for key, value in of.items()} for of in (case.inputs, case.arguments)
+        )
+        results.append(ours(Case(case.form, inputs, arguments)))
+    assert_same_bits(*results)
