@@ -158,7 +158,7 @@ def entries() -> dict[str, Entry]:
         "linear_normbt_loss, interleaved": linear(
             lambda x: linear_normbt_loss(x.hidden, x.head, x.mu, pairs="interleaved"), pairs="interleaved"
         ),
-        "linear_normbt_loss, explicit pairs": linear(c=case("kwise", 12288, 4096)),
+        "linear_normbt_loss, explicit pairs": linear(c=case("kwise", 24576, 1024)),
         "LinearNormBTLoss": linear(lambda x: linear_ema(x.hidden, x.head, return_stats=True)[0]),
         "pair_distance": Entry(distances, lambda x: pair_distance(x.hidden), read(distances), distances_in_torch),
         "linear_normbt_loss, mu=None": linear(

@@ -39,10 +39,12 @@ def triton_dtype(dtype: torch.dtype) -> _triton.tl.dtype:
     return _triton.tl.float64 if dtype == torch.float64 else _triton.tl.float32
 
 
-@functools.cache
 def num_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETED_MULTIPROCESSORS
+    return _multiprocessors_of_gpu(device) if device.type == "cuda" else INTERPRETED_MULTIPROCESSORS
+
+
+@functools.cache
+def _multiprocessors_of_gpu(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
