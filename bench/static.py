@@ -70,7 +70,7 @@ LABELS = {"ours": "NormBT, ours", "eager": "NormBT, eager", "bt": "plain BT, eag
 
 
 # Of `python -m bench static --quick`.
-QUICK = ["normbt_loss", "linear_normbt_loss", "linear_normbt_loss, frozen backbone", "pair_distance"], ["sm_90"]
+QUICK = ["normbt_loss", "linear_normbt_loss", "pair_distance"], ["sm_90"]
 
 FEW_PAIRS = (
     "With few pairs to a program, the partial gradient of the head that each program leaves behind (H fp32 values, "
@@ -457,7 +457,7 @@ def print_tables(measured: Measured) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="count four entries, compile for one target")
+    parser.add_argument("--quick", action="store_true", help="count three entries, compile for one target")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--check", action="store_true", help="fail if a limit is broken or a saved figure was better")
     parser.add_argument("--saved", type=Path, default=RESULTS / "static.json", help="this file's: %(default)s")
