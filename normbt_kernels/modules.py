@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -27,6 +28,9 @@ class Reduction(NamedTuple):
     pending: Tensor
     mu: Tensor
     num_updates: Tensor
+
+
+FORWARDS_IN_A_STEP = 1024  # more before the very first step look like a step that never comes
 
 
 class DistanceEMA(nn.Module):
@@ -100,6 +104,7 @@ class DistanceEMA(nn.Module):
         # What the host knows without asking the device.
         self._first_step_began = self.first_step_ended = False
         self._first_mean: Tensor | None = None
+        self._forwards_before_first_step = 0
 
     def reset_parameters(self) -> None:
         """Forgets mu and the pending sums, like a new module."""
@@ -121,6 +126,9 @@ class DistanceEMA(nn.Module):
 
         Raises:
             TypeError: `optimizer` is not an optimizer.
+
+        Warns:
+            UserWarning: after 1024 forwards, if `optimizer` has not stepped: mu waits for it.
         """
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
@@ -250,11 +258,22 @@ class DistanceEMA(nn.Module):
         if rows.num_pairs > 0 or group is not None:  # torch 2.11 compiles `|=` of a symbol into invalid code
             self._first_step_began = True
         if self.per_step:
+            if not (self.first_step_ended or torch.compiler.is_compiling()):
+                self._warn_of_no_step()
             return
         if group is None:  # mu has moved already
             self.first_step_ended = self._first_step_began
         else:
             self._move()
+
+    def _warn_of_no_step(self) -> None:
+        self._forwards_before_first_step += 1
+        if self._forwards_before_first_step == FORWARDS_IN_A_STEP:
+            warnings.warn(
+                f"{FORWARDS_IN_A_STEP} forwards, and no step of the optimizer that this loss follows: mu waits for the "
+                "first one; follow the optimizer that steps, or call end_step() after each step",
+                stacklevel=2,
+            )
 
     def _refuse_repetition(self) -> None:
         if inside_backward():

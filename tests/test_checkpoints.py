@@ -99,6 +99,14 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+def test_the_attention_is_chosen_or_refused_in_words(tokenizer, tmp_path):
+    folder = saved(make_model(), tmp_path / "model")
+    assert load_model(folder, tokenizer).config._attn_implementation == "sdpa"
+    assert load_model(folder, tokenizer, attention="eager").config._attn_implementation == "eager"
+    with pytest.raises(UserError, match=r"model: .*no_such_attention"):
+        load_model(folder, tokenizer, attention="no_such_attention")
+
+
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_the_position_limit_is_where_the_model_fails(architecture):
     model = make_model(architecture, max_position_embeddings=12)
@@ -220,3 +228,9 @@ def test_a_gguf_file_is_trained_from_and_saved_as_a_plain_model(tmp_path, capsys
     trained = AutoModelForSequenceClassification.from_pretrained("out/normbt").model.state_dict()
     for name, weight in model.model.state_dict().items():
         assert torch.equal(trained[name][: len(weight)], weight), name
+
+    options = ["--dataset", str(data), "--num-gradients", "2", "--device", "cpu"]
+    assert cli.main(["diagnose", "--model", "lm", "--gguf-file", "tiny.gguf", *options, "--out", "diagnosis.json"]) == 0
+    assert json.loads((tmp_path / "diagnosis.json").read_text())["model"] == "lm/tiny.gguf"
+    assert cli.main(["diagnose", "--gguf-file", "tiny.gguf"]) == 2
+    assert "--gguf-file needs a --model" in capsys.readouterr().err

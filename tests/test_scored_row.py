@@ -1,12 +1,14 @@
 """The row that is trained is the row that the saved model scores, in every classifier of transformers; or a refusal."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import reference
-from normbt_kernels import apply_normbt, linear_normbt_loss
+from normbt_kernels import apply_normbt, linear_normbt_loss, remove_normbt
 from normbt_kernels.integrations.head import HeadReader, find_head
-from tests.tiny_classifiers import make_batch, make_model
+from tests.tiny_classifiers import TinyDecoder, make_batch, make_model
 from tests.tiny_pairs import EOS, make_rows, make_tokenizer
 
 pytest.importorskip("transformers")
@@ -103,6 +105,22 @@ def test_pooling_over_all_tokens_is_refused_under_apply_normbt():
         (chosen - rejected).sum().backward()
 
 
+def test_pooling_that_shows_only_under_padding_is_refused_once_there_is_some():
+    """A model that scores the last position, padding or not: two sequences of the same length do not tell."""
+
+    class LastPosition(TinyDecoder):
+        def forward(self, input_ids):
+            return self.score(torch.tanh(self.mix(self.embed(input_ids).cumsum(dim=1))))[:, -1]
+
+    model = LastPosition()
+    reader = HeadReader(find_head(model))
+    for lengths, refused in (([4, 4], False), ([4, 4], False), ([4, 3], True)):
+        input_ids = torch.tensor([[2, 3, 4, 5], [6, 7, 8, 9]]) * (torch.arange(4) < torch.tensor(lengths)[:, None])
+        reader.expect(input_ids)
+        with pytest.raises(ValueError, match=NOT_THE_ROW) if refused else nullcontext():
+            reader.take(model(input_ids))
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama"])
 def test_pad_token_that_is_also_the_end_of_sequence_is_no_other_reward_once_saved(architecture, tmp_path):
     tokenizer = make_tokenizer()
@@ -173,6 +191,24 @@ def test_trl_mixin_reads_the_head_of_the_active_adapter(two_adapters, tmp_path, 
         two_adapters(**batch)
     distance = reference.pair_distance(reference.pool(seen[0], batch["attention_mask"].sum(dim=1) - 1))
     assert trainer.state.log_history[0]["mean_distance"] == pytest.approx(distance.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, folder: make_trainer(model, make_tokenizer(), folder),
+        lambda model, folder: make_trl_trainer(model, folder, make_rows(4)),
+    ],
+    ids=["NormBTTrainer", "NormBTRewardTrainer"],
+)
+def test_a_trainer_of_ours_and_apply_normbt_do_not_both_weigh_the_pairs(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("CI", "1")
+    trainer = make(make_model(), tmp_path)
+    apply_normbt(trainer.model)
+    with pytest.raises(ValueError, match=r"apply_normbt is on its model too: call remove_normbt\(model\)"):
+        trainer.train()
+    remove_normbt(trainer.model)
+    trainer.train()
 
 
 def test_trl_mixin_refuses_a_model_that_pools_over_all_tokens(tmp_path, monkeypatch):

@@ -335,6 +335,26 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, causal_lm, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora-r", "8"], "--lora-r needs --model: it changes nothing about the built-in model and pairs"),
+        (["--dataset", "stdlib-faults", "--dtype", "bfloat16"], "--dtype needs --model"),
+        (["--gguf-file", "q4.gguf"], "--gguf-file needs --model"),
+        (["--model", "m", "--dataset", "d.jsonl", "--eval-split", "test"], "--eval-split is a split of --eval-dataset"),
+        (
+            ["--model", "m", "--dataset", "d.jsonl", "--eval-dataset", "e.jsonl", "--eval-fraction", "0.1"],
+            "--eval-dataset is held out already",
+        ),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run_cli("train", *arguments, "--output-dir", "out") == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_conversations_need_a_chat_template(tmp_path, causal_lm):
     tokenizer = AutoTokenizer.from_pretrained(causal_lm)
     tokenizer.chat_template = None

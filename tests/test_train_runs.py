@@ -331,6 +331,17 @@ def test_columns_csv_gzip_templates_and_lora_from_the_command_line(checkpoint, t
     assert exported.chat_template == (tmp_path / "template.jinja").read_text()
 
 
+def test_power_changes_what_is_trained_and_is_on_record(checkpoint, tmp_path):
+    """Power 0 is plain Bradley-Terry."""
+    for power in (0, 1, 2):
+        assert train("--loss", "bt", "normbt", "--power", power, "--learning-rate", 0.1, out=str(power)) == 0
+    results = [json.loads((tmp_path / str(power) / "results.json").read_text()) for power in (0, 1, 2)]
+    assert [each["made_from"]["power"] for each in results] == [0, 1, 2]
+    normbt = [each["losses"]["normbt"]["metrics"]["test_margin"] for each in results]
+    assert normbt[0] == pytest.approx(results[0]["losses"]["bt"]["metrics"]["test_margin"], rel=1e-5)
+    assert len({round(margin, 6) for margin in normbt}) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "question"),
     [

@@ -12,6 +12,7 @@ import datasets
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
+from normbt_kernels import LinearNormBTLoss
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
 from tests.tiny_classifiers import make_model
 
@@ -131,6 +132,26 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(model, tokenizer, tmp_
     assert len(make_trainer(model, tokenizer, tmp_path, train_dataset=rows).train_dataset) == 2
 
 
+@pytest.mark.parametrize("kind", ["list", "Dataset", "Dataset of token ids", "stream"])
+def test_long_sequences_are_cut_where_the_tokenizer_cuts_if_asked(model, tokenizer, tmp_path, said, kind):
+    rows = [TEXT, {"chosen": "add two two two", "rejected": "six"}, {"chosen": "add two two six", "rejected": "add"}]
+    if kind == "Dataset of token ids":
+        ids = [make_trainer(model, tokenizer, tmp_path, train_dataset=[row]).train_dataset[0] for row in rows]
+        rows = [{name: list(value) for name, value in row.items()} for row in ids]
+    made = {"list": list, "stream": Stream}.get(kind, datasets.Dataset.from_list)(rows)
+    for side, first in (("right", ["add", "two", "two"]), ("left", ["two", "two", "<eos>"])):
+        tokenizer.truncation_side = side
+        trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=made, max_length=3, truncate=True)
+        seen = list(trainer.train_dataset)
+        assert [len(row["chosen_ids"]) for row in seen] == [3, 3, 3]
+        assert words(seen[1]["chosen_ids"]) == first
+        assert words(seen[1]["rejected_ids"]) == ["six", "<eos>"]
+        assert "row 1: cut to 3 tokens" in said.text
+    if kind != "stream":
+        assert "row 1: cut to 3 tokens (and in 2 more pairs)" in said.text
+        assert make_trainer(model, tokenizer, tmp_path, max_length=3, truncate=True).predict(made).metrics
+
+
 def test_token_ids_and_other_collators_are_left_alone(model, tokenizer, tmp_path):
     ids = [{"chosen_ids": [6, 7], "rejected_ids": [8], "margin": 1.0}] * 2
     assert make_trainer(model, tokenizer, tmp_path, train_dataset=ids).train_dataset is ids
@@ -214,6 +235,13 @@ def test_what_looks_wrong_is_said_with_its_row(model, tokenizer, tmp_path, said)
     assert "train_dataset, row 3: an answer begins with the prompt" in said.text
 
 
+def test_a_remark_may_come_late(model, tokenizer, tmp_path, said):
+    """datasets takes the types of columns from the rows of its first batch, a thousand."""
+    rows = [TEXT | {"prompt": None}] * 1000 + [{"prompt": "add", "chosen": "add six", "rejected": "two"}]
+    make_trainer(model, tokenizer, tmp_path, train_dataset=datasets.Dataset.from_list(rows))
+    assert "train_dataset, row 1001: an answer begins with the prompt" in said.text
+
+
 def test_grouping_by_length_goes_by_the_longer_side_and_leaves_predictions_in_order(model, tokenizer, tmp_path):
     lengths = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"chosen_ids": [6], "rejected_ids": [8] * (n + 1)} for n in lengths]
@@ -252,6 +280,20 @@ def test_a_folder_and_a_processor_do_for_a_model_and_a_tokenizer(tokenizer, tmp_
         trainer = make_trainer(str(tmp_path / "model"), processing_class, tmp_path, train_dataset=[TEXT, PROMPT])
         trainer.train()
         assert type(trainer.model).__name__ == "LlamaForSequenceClassification"
+
+
+def test_each_model_of_model_init_is_trained_with_a_loss_of_its_own(tokenizer, tmp_path):
+    given = LinearNormBTLoss(beta=0.5)
+    by_init = make_trainer(None, tokenizer, tmp_path, [TEXT, PROMPT], model_init=lambda: make_model(), loss=given)
+    for _ in range(2):
+        by_init.train()
+        by_model = make_trainer(make_model(), tokenizer, tmp_path, [TEXT, PROMPT], loss=LinearNormBTLoss(beta=0.5))
+        by_model.train()
+        assert by_init.pair_loss.num_updates == 2
+        assert torch.equal(by_init.pair_loss.mu, by_model.pair_loss.mu)
+        for found, expected in zip(by_init.model.parameters(), by_model.model.parameters(), strict=True):
+            assert torch.equal(found, expected)
+    assert given.num_updates == 0
 
 
 def test_pair_weight_multiplies_each_pairs_loss(model, tokenizer, tmp_path):
@@ -327,11 +369,9 @@ def test_collator_refuses_what_it_would_have_to_make_up(tokenizer, row, message)
     [
         ({"label_smoothing_factor": 0.1}, r"pass loss=LinearNormBTLoss\(label_smoothing=...\)"),
         ({"compute_loss_func": lambda *args: None}, "compute_loss_func is not called: pass the loss as loss="),
-        ({"model_init": make_model}, "pass a model: model_init is not taken"),
     ],
 )
 def test_options_that_would_change_nothing_are_refused(model, tokenizer, tmp_path, options, message):
-    model = None if "model_init" in options else model
     with pytest.raises(ValueError, match=message):
         make_trainer(model, tokenizer, tmp_path, **options)
 

@@ -17,6 +17,13 @@ LOSS_NAMES = tuple(
 )
 
 DEFAULT_SMOOTHING = 0.1
+DEFAULT_EVAL_FRACTION = 0.05
+
+# What is said of a checkpoint and of its pairs, which the built-in models and pairs leave no room for.
+OF_A_CHECKPOINT = (
+    *("gguf_file", "chat_template", "dtype", "attn_implementation", "lora_r"),
+    *("dataset_config", "dataset_split", "eval_dataset", "eval_split", "eval_fraction", "column"),
+)
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -36,15 +43,16 @@ class TrainOptions:
     """Options of `normbt train`, each one a command line flag of the same name."""
 
     model: str | None = _text(
-        "sequence-classification checkpoint or causal LM: local folder or hub id. A causal LM gets a new scalar head, "
-        "and a tokenizer without a pad token of its own gets one.",
+        "sequence-classification checkpoint, language model or peft adapter: local folder or hub id. A language model "
+        "gets a new scalar head, and a tokenizer without a pad token of its own gets one.",
         "PATH|ID",
     )
     gguf_file: str | None = _text("GGUF file in --model, to train from its weights (needs gguf)", "FILE")
     dataset: str | None = _text(
-        "preference pairs: .json, .jsonl or .parquet file, or a hub id. Columns: chosen and rejected (text, or a list "
-        "of {role, content} messages), optional prompt (text or messages), margin (number, for the losses named so), "
-        f"pair_weight (number), category (text; accuracy is reported for each). Or {STDLIB_FAULTS}: functions of "
+        "preference pairs: .json, .jsonl, .csv (each also .gz) or .parquet file, or a hub id. Columns: chosen and "
+        "rejected (text, or a list of messages), optional prompt (text or messages), system, tools, margin (number, "
+        "for the losses named so), pair_weight (number), category (text; accuracy is reported for each). Or "
+        f"{STDLIB_FAULTS}: functions of "
         "Python's standard library and the same with a fault, made on the spot; without --model, for a small model "
         "from scratch.",
         "PATH|ID",
@@ -57,8 +65,10 @@ class TrainOptions:
     eval_dataset: str | None = _text(
         "held-out pairs, as --dataset; without it, a random share of --dataset is held out", "PATH|ID"
     )
-    eval_split: str = _option("test", "split of --eval-dataset, if that is a hub id", metavar="NAME")
-    eval_fraction: float = _option(0.05, "share of --dataset held out when there is no --eval-dataset", metavar="F")
+    eval_split: str | None = _text("split of --eval-dataset, if that is a hub id (default: test)", "NAME")
+    eval_fraction: float = _option(
+        DEFAULT_EVAL_FRACTION, "share of --dataset held out when there is no --eval-dataset", metavar="F"
+    )
     column: tuple[str, ...] | None = field(
         default=None,
         metadata={
@@ -72,15 +82,16 @@ class TrainOptions:
         default=None,
         metadata={
             "help": "losses to train with, one model each, from the same initial weights and in the same data order: "
-            "Bradley-Terry or NormBT, as it is, with the pair's margin subtracted from the difference of rewards "
-            "(-margin) or multiplied with its loss (-margin-out), or with smoothed labels (-smoothing) "
+            "bt (Bradley-Terry) or normbt, each as it is or followed by -margin (the pair's margin is subtracted from "
+            "the difference of rewards), -margin-out (it is multiplied with the loss) or -smoothing (smoothed labels) "
             "(default: normbt; without --model: bt normbt)",
             "choices": LOSS_NAMES,
             "nargs": "+",
+            "metavar": "LOSS",
         },
     )
     seeds: int = _option(
-        1, "train with so many seeds, from --seed on; the table then gives means with intervals", metavar="N"
+        1, "train each loss with N seeds, from --seed on; the table then gives means with intervals", metavar="N"
     )
     learning_rate: tuple[float, ...] | None = field(
         default=None,
@@ -124,6 +135,11 @@ class TrainOptions:
             "metavar": "NAME",
         },
     )
+    attn_implementation: str | None = _text(
+        "attention of the model: sdpa, flash_attention_2 (pip install flash-attn), flex_attention, ... (default: as "
+        "transformers chooses)",
+        "NAME",
+    )
     dry_run: bool = _switch("look at the data, and stop before anything is trained or written")
     dtype: str = _option(
         "float32",
@@ -148,6 +164,15 @@ def check_train_options(options: TrainOptions) -> None:
     ):
         if not fits:
             raise UserError(f"{flag(name)} must be {expected}, got {value}")
+    for option in fields(TrainOptions):
+        if options.model is None and option.name in OF_A_CHECKPOINT and getattr(options, option.name) != option.default:
+            raise UserError(f"{flag(option.name)} needs --model: it changes nothing about the built-in model and pairs")
+    if options.eval_split is not None and options.eval_dataset is None:
+        raise UserError("--eval-split is a split of --eval-dataset: name that too, it may be the same as --dataset")
+    if options.eval_fraction != DEFAULT_EVAL_FRACTION and options.eval_dataset is not None:
+        raise UserError(
+            "--eval-fraction is held out of --dataset, and --eval-dataset is held out already: leave out one"
+        )
     losses = options.loss or ()
     if len(set(losses)) < len(losses):
         raise UserError(f"--loss names a loss twice: {' '.join(losses)}")
@@ -167,7 +192,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     """One flag per field of `TrainOptions`."""
     for option in fields(TrainOptions):
         kwargs = dict(option.metadata)
-        if option.default not in (None, False):
+        if option.default is not None and option.default is not False:
             kwargs["help"] += " (default: %(default)s)"
         parser.add_argument(flag(option.name), default=option.default, **kwargs)
 

@@ -194,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     diagnose.add_argument("--model", metavar="PATH|ID", help="checkpoint, as for normbt train (default: built-in)")
+    diagnose.add_argument("--gguf-file", metavar="FILE", help="GGUF file in --model, for its weights (needs gguf)")
     _add_data_options(diagnose, "the built-in held-out pairs", split="train")
     diagnose.add_argument(
         "--num-gradients",
@@ -242,8 +243,8 @@ def _add_data_options(parser: argparse.ArgumentParser, default: str, split: str 
     parser.add_argument(
         "--dataset",
         metavar="PATH|ID",
-        help=".json, .jsonl or .parquet file, a hub id, or stdlib-faults; columns as for normbt train "
-        f"(default: {default})",
+        help=".json, .jsonl, .csv (each also .gz) or .parquet file, a hub id, or stdlib-faults; columns as for normbt "
+        f"train (default: {default})",
     )
     parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a hub dataset that has several")
     parser.add_argument(

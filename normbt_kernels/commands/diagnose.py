@@ -29,6 +29,7 @@ FEW_STEPS = 200  # of BT: on the generated pairs enough to learn the style, and 
 
 def run(
     model: str | None,
+    gguf_file: str | None,
     dataset: str | None,
     dataset_config: str | None,
     dataset_split: str,
@@ -48,12 +49,14 @@ def run(
     from_scratch = find_built_in(dataset) if model is None else None
     if model is None and from_scratch is None:
         raise UserError("--dataset needs a --model; leave out both for the built-in default")
-    tokenizer = load_training_tokenizer(model) if from_scratch is None else from_scratch.make_tokenizer()
+    if model is None and gguf_file is not None:
+        raise UserError("--gguf-file needs a --model, the folder that it is in")
+    tokenizer = load_training_tokenizer(model, gguf_file) if from_scratch is None else from_scratch.make_tokenizer()
     if from_scratch is not None:
         pairs = from_scratch.pairs("test", SEED)
     else:
         pairs = demo_pairs(tokenizer) if dataset is None else load_preferences(dataset, dataset_config, dataset_split)
-    positions = None if model is None else checkpoint_position_limit(model)
+    positions = None if model is None else checkpoint_position_limit(model, gguf_file)
     limit = min(filter(None, (max_length, tokenizer.model_max_length, positions)))
     rows = tokenize(pairs, tokenizer)
     check_known(rows, tokenizer)
@@ -69,7 +72,7 @@ def run(
     if from_scratch is not None:
         classifier = _half_trained(from_scratch, tokenizer, device).to(getattr(torch, dtype))
     else:
-        classifier = load_model(model, tokenizer, dtype, new_head=True)
+        classifier = load_model(model, tokenizer, dtype, new_head=True, gguf_file=gguf_file)
 
     partial = partial_path(out)
     diagnosis = diagnose(
@@ -81,8 +84,12 @@ def run(
         max_length=limit,
         partial=partial,
     )
+    if from_scratch is not None:
+        name = f"{from_scratch.model_name} after {FEW_STEPS} steps of BT"
+    else:
+        name = model if gguf_file is None else f"{model}/{gguf_file}"
     report = {
-        "model": model or f"{from_scratch.model_name} after {FEW_STEPS} steps of BT",
+        "model": name,
         "dataset": dataset or GENERATED.name,
         "dtype": str(classifier.dtype).removeprefix("torch."),
         **diagnosis.summary(),

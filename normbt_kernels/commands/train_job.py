@@ -76,7 +76,9 @@ def user_job(options: TrainOptions, seed: int) -> Job:
     columns = dict(column.split("=", 1) for column in options.column or ())
     train_pairs = load_preferences(options.dataset, options.dataset_config, options.dataset_split, columns=columns)
     if options.eval_dataset is not None:
-        eval_pairs = load_preferences(options.eval_dataset, options.dataset_config, options.eval_split, columns=columns)
+        eval_pairs = load_preferences(
+            options.eval_dataset, options.dataset_config, options.eval_split or "test", columns=columns
+        )
     elif options.dataset == STDLIB_FAULTS:
         eval_pairs = load_preferences(options.dataset, None, "test")  # modules that are not trained on
     else:
@@ -105,7 +107,14 @@ def user_job(options: TrainOptions, seed: int) -> Job:
     data, said = look(Prepared(train_rows, train.left_out, remarks), eval_rows, tokenizer, limit)
 
     def make_model() -> nn.Module:
-        model = load_model(options.model, tokenizer, options.dtype, new_head=True, gguf_file=options.gguf_file)
+        model = load_model(
+            options.model,
+            tokenizer,
+            options.dtype,
+            new_head=True,
+            gguf_file=options.gguf_file,
+            attention=options.attn_implementation,
+        )
         if options.lora_r is None:
             return model
         return add_lora(model, options.lora_r, options.lora_alpha, options.lora_target)

@@ -29,7 +29,8 @@ from transformers.utils import find_adapter_config_file, logging
 from normbt_kernels.errors import UserError, first_line
 
 PAD_TOKEN = "<|pad|>"
-CANNOT_LOAD = (OSError, ValueError, RuntimeError, SafetensorError)  # what transformers raises for bad files
+# What transformers raises for bad files, and where a library is missing (flash-attn, gguf).
+CANNOT_LOAD = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
 
 
 # --- the tokenizer -------------------------------------------------------------------------------------------------
@@ -109,6 +110,7 @@ def load_model(
     *,
     new_head: bool = False,
     gguf_file: str | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel | nn.Module:
     """The checkpoint `name`, a folder or hub id, as a sequence classifier with one label. An adapter is put on its base
     model with trainable weights. With `new_head`, the embeddings grow to all tokens of the tokenizer.
@@ -118,14 +120,15 @@ def load_model(
         dtype: of the weights: "float32", ..., or "auto", as they were saved.
         new_head: give a checkpoint without a head for one label a new one, drawn from torch's current seed.
         gguf_file: the file of the checkpoint that holds its weights, in the format of llama.cpp.
+        attention: transformers' `attn_implementation`; its own choice if None.
 
     Raises:
-        UserError: there is no such checkpoint; its architecture has no sequence classifier; it has no head for one
-            label, and `new_head` is False; or another weight is missing, has another shape than its configuration
-            says, or is a head by another name.
+        UserError: there is no such checkpoint; a library that it needs is not installed; its architecture has no
+            sequence classifier; it has no head for one label, and `new_head` is False; or another weight is missing,
+            has another shape than its configuration says, or is a head by another name.
     """
     base = base_of_adapter(name)
-    model, config, missing = _load_classifier(base or name, dtype, gguf_file)
+    model, config, missing = _load_classifier(base or name, dtype, gguf_file, attention)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if base is not None:
         return _load_adapter(name, base, model, missing, len(tokenizer))
@@ -160,7 +163,7 @@ def base_of_adapter(name: str) -> str | None:
 
 
 def _load_classifier(
-    name: str, dtype: str, gguf_file: str | None
+    name: str, dtype: str, gguf_file: str | None, attention: str | None
 ) -> tuple[PreTrainedModel, PreTrainedConfig, list[str]]:
     """The classifier, the configuration as saved, and the names of the head's weights that are new."""
     verbosity = logging.get_verbosity()
@@ -170,6 +173,7 @@ def _load_classifier(
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=1,
+            attn_implementation=attention,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,

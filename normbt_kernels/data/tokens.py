@@ -183,10 +183,13 @@ class LeftOut:
 
 def truncated(rows: Sequence[Row], max_length: int, side: str) -> tuple[list[Row], int]:
     """The rows with every sequence cut to `max_length` tokens at its "right" or "left" end, and how many were cut."""
-    cut = [num_tokens(row) > max_length for row in rows]
+    return [cut(row, max_length, side) for row in rows], sum(num_tokens(row) > max_length for row in rows)
+
+
+def cut(row: Row, max_length: int, side: str) -> dict[str, Any]:
+    """The row with both sequences cut to `max_length` tokens at the "right" or "left" end."""
     part = slice(-max_length, None) if side == "left" else slice(max_length)
-    rows = [dict(row) | {name: row[name][part] for name in SIDES} for row in rows]
-    return rows, sum(cut)
+    return dict(row) | {name: row[name][part] for name in SIDES}
 
 
 @dataclass(frozen=True)

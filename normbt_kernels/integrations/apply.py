@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from normbt_kernels.checks import LAYOUTS, row_pairs
-from normbt_kernels.integrations.head import ModelInputs, each_at, find_head
+from normbt_kernels.integrations.head import NUM_CHECKED, ModelInputs, each_at, find_head
 from normbt_kernels.integrations.optimizer_steps import follow_optimizer_of
 from normbt_kernels.modules import DistanceEMA, inside_backward
 from normbt_kernels.ops.pairs import RowPairs
@@ -89,7 +89,7 @@ def apply_normbt(
     Warns:
         UserWarning: the head is frozen, as under LoRA without `modules_to_save`.
     """
-    if _applied(model):
+    if applied_to(model):
         raise ValueError(f"NormBT is already applied to this {type(model).__name__}: call remove_normbt(model) first")
     found = find_head(model, head)
     head = found.linear()
@@ -107,14 +107,14 @@ def remove_normbt(model: nn.Module) -> None:
     Raises:
         ValueError: NormBT is not applied to this model.
     """
-    applied = _applied(model)
+    applied = applied_to(model)
     if not applied:
         raise ValueError(f"NormBT is not applied to this {type(model).__name__}")
     for head, weights in applied:
         weights.detach(head)
 
 
-def _applied(model: nn.Module) -> list[tuple[nn.Module, PairWeights]]:
+def applied_to(model: nn.Module) -> list[tuple[nn.Module, PairWeights]]:
     """Every head that has NormBT, with its `PairWeights`: peft's `modules_to_save` keeps a copy of the head."""
     names = [name for name, module in model.named_modules() if isinstance(module, PairWeights)]
     return [(model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)) for name in names]
@@ -127,7 +127,7 @@ class PairWeights(DistanceEMA):
         super().__init__(beta, eps, max_weight, power=power)
         self.layout = layout
         self._chosen: Apart | None = None  # of layout "apart", until the rejected rows come
-        self._backwards_to_check = 16
+        self._backwards_to_check = NUM_CHECKED
         self._knows_optimizers = False
         self._waits_for_weights = False
 

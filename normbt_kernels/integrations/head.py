@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from normbt_kernels.errors import UserError
 
+NUM_CHECKED = 16  # forwards or backwards in which what is taken for granted of a model is checked
+
 
 @dataclass(frozen=True)
 class Head:
@@ -136,8 +138,9 @@ class HeadReader:
         hidden (N, S, H) -> rows (N, H)    decoders: at the token that the model scores, as `ModelInputs` finds it
         hidden (N, H)    -> unchanged      the head sees rows that are pooled already
 
-    The first time, it compares the model's own rewards with those that the head gives for these rows. It refuses a
-    model that pools in another way: training would use other distances and rewards than the saved model has.
+    In the first 16 passes it compares the model's own rewards with those that the head gives for these rows: one pass
+    may have no padding, where the last position is the last token. It refuses a model that pools in another way, since
+    training would use other distances and rewards than the saved model has. The host waits for the device there.
 
     The hooks are registered once: torch.compile traces hooks when it first compiles and never looks for new ones.
 
@@ -151,7 +154,7 @@ class HeadReader:
         self._name, self._pool = head.name, pool
         self._inputs = ModelInputs(head.owner)
         self._expected: tuple[int, int] | None = None
-        self._agreed = False
+        self._to_compare = NUM_CHECKED
         self._tokens: tuple[Tensor, Tensor] | None = None
         self._rows: Tensor | None = None
         self._scored: Tensor | None = None
@@ -169,8 +172,8 @@ class HeadReader:
         so activations live no longer than their step.
 
         Raises:
-            ValueError: the model did not call the head; the number of rewards is not that of the rows; or, the first
-                time, the rewards are not those of the rows.
+            ValueError: the model did not call the head; the number of rewards is not that of the rows; or the rewards
+                are not those of the rows.
         """
         rows, scored = self._rows, self._scored
         self._expected = self._tokens = self._rows = self._scored = None
@@ -184,9 +187,9 @@ class HeadReader:
                 f"expected one reward for each of {len(rows)} sequences, got logits {tuple(rewards.shape)}: load the "
                 "model with num_labels=1"
             )
-        if not self._agreed:
+        if self._to_compare > 0:
             self._compare(rewards.detach().reshape(-1).to(scored), scored)
-            self._agreed = True
+            self._to_compare -= 1
         return rows
 
     def _compare(self, rewards: Tensor, scored: Tensor) -> None:

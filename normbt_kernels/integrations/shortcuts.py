@@ -180,8 +180,8 @@ class Shortcuts:
         if not self._in_one_row() and rows * length**2 > MAX_MASK:
             raise UserError(
                 f"padding_free needs a mask of {rows} x {length} x {length} for the attention of this model: load it "
-                "with attn_implementation='flash_attention_2' (pip install flash-attn) or 'flex_attention', or take "
-                "fewer or shorter sequences"
+                "with attn_implementation='flash_attention_2' (pip install flash-attn) or 'flex_attention' (normbt "
+                "train: --attn-implementation), or take fewer or shorter sequences"
             )
         # A mask hides from transformers that the sequences are packed, and so does a cache, which it makes by default.
         return inputs | {"attention_mask": None} | ({"use_cache": False} if "use_cache" in self._names else {})

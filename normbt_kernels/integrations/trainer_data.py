@@ -22,6 +22,7 @@ from normbt_kernels.data.tokens import (
     SIDES,
     LeftOut,
     check_ids,
+    cut,
     num_tokens,
     remark,
     summed_up,
@@ -36,9 +37,11 @@ BY_LENGTH = ("group_by_length", "batch_rebalance")  # strategies of sampling tha
 
 class PairsInTrainer:
     """Before a `Trainer` in the bases of a class: data sets as people have them, if `self.data_collator` is a
-    `PreferenceCollator`. `self.left_out` says which pairs are not used, `self.vocabulary` which tokens there are."""
+    `PreferenceCollator`. `self.left_out` says which pairs are not used, `self.truncate` whether long sequences are cut
+    instead, `self.vocabulary` which tokens there are."""
 
     left_out: LeftOut
+    truncate: bool
     vocabulary: int | None
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -55,7 +58,7 @@ class PairsInTrainer:
         if dataset is None or not isinstance(self.data_collator, PreferenceCollator):
             return dataset
         left_out = replace(self.left_out, keep_identical=self.left_out.keep_identical or whole)
-        read = _Reader(self.data_collator.tokenizer, name, left_out, self.vocabulary)
+        read = _Reader(self.data_collator.tokenizer, name, left_out, self.truncate, self.vocabulary)
         if isinstance(dataset, torch.utils.data.IterableDataset) and not hasattr(dataset, "map"):
             return TokenStream(dataset, read)
         if not hasattr(dataset, "__len__"):
@@ -64,7 +67,7 @@ class PairsInTrainer:
             return dataset
         with self.args.main_process_first(desc=f"tokenizing {name}"):  # the others find it in the cache
             tokenized, verdicts, remarks = _read_all(dataset, read)
-        for line in summed_up((f"{name}, row {i + 1}", text) for i, text in enumerate(remarks)):
+        for line in summed_up((f"{name}, row {i + 1}", text) for i, texts in enumerate(remarks) for text in texts):
             logger.warning(line)
         reasons = left_out.reasons(len(verdicts), verdicts.count("too long"), verdicts.count("identical"))
         kept = [i for i, verdict in enumerate(verdicts) if verdict == "kept"]
@@ -110,23 +113,28 @@ class _Reader:
     tokenizer: PreTrainedTokenizerBase
     name: str
     left_out: LeftOut
+    truncate: bool
     vocabulary: int | None
     constants: tuple[str, ...] = ()  # the numbers that every row must have, because one has
     said: set[str] = field(default_factory=set)
 
-    def ids(self, row: Mapping[str, Any], index: int) -> tuple[Mapping[str, Any], str | None]:
-        """The row's token ids, and what looks wrong about it."""
+    def ids(self, row: Mapping[str, Any], index: int) -> tuple[Mapping[str, Any], list[str]]:
+        """The row's token ids, and what is to be said of it."""
         where = f"{self.name}, row {index + 1}"
-        ids, text = row, None
+        ids, remarks = row, []
         if not row.keys() >= set(SIDES):
             pair = replace(parse_row(dict(row), where), category=None)
             ids = tokenize_pair(pair, self.tokenizer)
-            text = remark(pair, ids, self.tokenizer)
+            looks_wrong = remark(pair, ids, self.tokenizer)
+            remarks += [] if looks_wrong is None else [looks_wrong]
         for column in self.constants:
             if ids.get(column) is None:
                 raise UserError(f"{where}: no {column}, but other rows have one")
         check_ids(ids, where, self.vocabulary)
-        return ids, text
+        if self.truncate and num_tokens(ids) > self.left_out.max_length:
+            ids = cut(ids, self.left_out.max_length, self.tokenizer.truncation_side)
+            remarks.append(f"cut to {self.left_out.max_length} tokens")
+        return ids, remarks
 
     def verdict(self, ids: Mapping[str, Any]) -> str:
         if num_tokens(ids) > self.left_out.max_length:
@@ -135,17 +143,19 @@ class _Reader:
 
     def kept(self, row: Mapping[str, Any], index: int) -> Mapping[str, Any] | None:
         """Of a stream: the row's token ids if it is used. What is not, or looks wrong, is said once."""
-        ids, text = self.ids(row, index)
+        ids, remarks = self.ids(row, index)
         verdict = self.verdict(ids)
-        for said in (text, None if verdict == "kept" else f"left out, like all that are {verdict}"):
-            if said is not None and said not in self.said:
+        if verdict != "kept":
+            remarks.append(f"left out, like all that are {verdict}")
+        for said in remarks:
+            if said not in self.said:
                 self.said.add(said)
                 logger.warning(f"{self.name}, row {index + 1}: {said}")
         return ids if verdict == "kept" else None
 
 
-def _read_all(dataset: Any, read: _Reader) -> tuple[Any, list[str], list[str | None]]:
-    """The data set as token ids, and of each row the verdict and the remark. A `datasets.Dataset` stays one, cached."""
+def _read_all(dataset: Any, read: _Reader) -> tuple[Any, list[str], list[list[str]]]:
+    """The data set as token ids, and of each row verdict and remarks. A `datasets.Dataset` stays one, cached."""
     columns = getattr(dataset, "column_names", None)
     if columns is None or not hasattr(dataset, "map"):
         rows = [dataset[i] for i in range(len(dataset))]
@@ -155,15 +165,16 @@ def _read_all(dataset: Any, read: _Reader) -> tuple[Any, list[str], list[str | N
         return dataset if same else list(tokenized), [read.verdict(ids) for ids in tokenized], list(remarks)
 
     read.constants = tuple(name for name in CONSTANTS if name in columns)
-    are_ids = set(SIDES) <= set(columns)
+    stays = set(SIDES) <= set(columns) and not read.truncate
 
     def looked_at(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        ids, text = read.ids(row, index)
-        return ({} if are_ids else dict(ids)) | {"verdict": read.verdict(ids), "remark": text}
+        ids, remarks = read.ids(row, index)
+        # As text, since datasets takes the type of a column from its first rows, which may have no remarks.
+        return ({} if stays else dict(ids)) | {"verdict": read.verdict(ids), "remarks": "\n".join(remarks)}
 
     made = dataset.map(looked_at, with_indices=True, remove_columns=columns, desc=f"reading {read.name}")
-    tokenized = dataset if are_ids else made.remove_columns(["verdict", "remark"])
-    return tokenized, list(made["verdict"]), list(made["remark"])
+    tokenized = dataset if stays else made.remove_columns(["verdict", "remarks"])
+    return tokenized, list(made["verdict"]), [text.splitlines() for text in made["remarks"]]
 
 
 def _tokenized_stream(dataset: Any, read: _Reader) -> Any:

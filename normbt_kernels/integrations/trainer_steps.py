@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from normbt_kernels.functional import pair_distance
+from normbt_kernels.integrations.apply import applied_to
 from normbt_kernels.modules import DistanceEMA
 
 
@@ -28,6 +29,16 @@ class LossInSteps:
         raise NotImplementedError
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`.
+
+        Raises:
+            ValueError: `apply_normbt` is on the model, whose gradients would be weighed twice or not at all.
+        """
+        if applied_to(self.model):
+            raise ValueError(
+                f"{type(self).__name__} has NormBT as its loss, and apply_normbt is on its model too: call "
+                "remove_normbt(model), or leave the loss to transformers.Trainer or trl.RewardTrainer"
+            )
         if isinstance(self.pair_loss, DistanceEMA):
             self.pop_callback(EndStep)
             self.add_callback(EndStep(self))

@@ -10,6 +10,7 @@ data set of {chosen, rejected, prompt?, margin?, pair_weight?}: text or messages
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -105,11 +106,13 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`; without a
             collator, `PreferenceCollator` of the tokenizer (or of the processor's tokenizer). The model may be the name
-            of a checkpoint, and then needs no tokenizer.
+            of a checkpoint, and then needs no tokenizer. With `model_init` in place of a model, each model that it
+            makes is trained with a copy of the loss, `self.pair_loss`.
         loss: a module called as `LinearNormBTLoss` is (the default where the head can be fused), or a `NormBTLoss`
             (the default elsewhere, and made from a `LinearNormBTLoss`).
         max_length: pairs with a sequence of more tokens are left out of training and evaluation, and counted in the
             log; the tokenizer's `model_max_length` if None. So are all pairs longer than the model has positions for.
+        truncate: cut such sequences there, where the tokenizer cuts, in place of leaving their pairs out.
         keep_identical: whether pairs with the same tokens on both sides are trained on: otherwise they are left out,
             and counted in the log.
         late_pooling, padding_free: as in `install_shortcuts`, with batches that the collator packs.
@@ -119,7 +122,8 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
     Raises:
         ValueError: the model has no scalar head; the data are not preference pairs (the message names the row); the
             head cannot be fused, and the loss needs its weight; Liger would replace the model's forward; or the process
-            would drive several GPUs by `nn.DataParallel`. At the first batch: the model pools in another way.
+            would drive several GPUs by `nn.DataParallel`. In `train`: `apply_normbt` is on the model too. At the first
+            batch that shows it: the model pools in another way.
     """
 
     # The loss is a mean over the pairs of a micro-batch: Trainer divides it by the accumulation steps (5.17 does so
@@ -128,7 +132,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | str,
+        model: PreTrainedModel | nn.Module | str | None = None,
         args: TrainingArguments | None = None,
         data_collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None = None,
         train_dataset: Any = None,
@@ -137,24 +141,23 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         *,
         loss: nn.Module | None = None,
         max_length: int | None = None,
+        truncate: bool = False,
         keep_identical: bool = False,
         late_pooling: bool = False,
         padding_free: bool = False,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = pair_accuracy,
         **kwargs: Any,
     ):
-        if model is None:
-            raise ValueError("pass a model: model_init is not taken, because the loss follows one model")
         if isinstance(model, str | os.PathLike):
             processing_class = processing_class or load_training_tokenizer(str(model))
             model = load_model(str(model), tokenizer_of(processing_class), "float32", new_head=True)
-        head = find_head(model)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("pass the tokenizer as processing_class, or a data_collator")
             data_collator = PreferenceCollator(tokenizer_of(processing_class))
         if compute_metrics is pair_accuracy:
             compute_metrics = PairAccuracy()
+        self._given_loss, self._shortcuts = loss, {"late_pooling": late_pooling, "padding_free": padding_free}
         super().__init__(
             model,
             args,
@@ -170,18 +173,35 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
             raise ValueError("compute_loss_func is not called: pass the loss as loss=, which sees what the head reads")
         self.args.logging_nan_inf_filter = False
         self.accelerator.dataloader_config.dispatch_batches = False
-        if head.warning_if_frozen():
-            logger.warning(head.warning_if_frozen())
+        find_head(self.model)  # or fails, before the data are read
         if isinstance(data_collator, PreferenceCollator):
-            tokenizer = data_collator.tokenizer
-            _align_padding(head.owner, tokenizer)
-            limit = tokenizer.model_max_length if max_length is None else max_length
-            self.left_out = LeftOut(min(limit, position_limit(model) or limit), keep_identical)
-            self.vocabulary = vocabulary_size(model)
+            limit = data_collator.tokenizer.model_max_length if max_length is None else max_length
+            self.left_out = LeftOut(min(limit, position_limit(self.model) or limit), keep_identical)
+            self.truncate, self.vocabulary = truncate, vocabulary_size(self.model)
             self.train_dataset = self._tokenized(self.train_dataset, "train_dataset")
             self.eval_dataset = self._tokenized(self.eval_dataset, "eval_dataset")
+        self._follow(self.model)
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in `Trainer`; what is trained is the new model, with a loss that has seen no other."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "pair_loss"):  # else it is the first one, which __init__ follows
+            self._follow(model)
+        return model
+
+    def _follow(self, model: nn.Module) -> None:
+        """Makes the loss that of `model`, and reads its head.
+
+        Raises:
+            ValueError: as the constructor, about the model.
+        """
+        head, collator = find_head(model), self.data_collator
+        if head.warning_if_frozen():
+            logger.warning(head.warning_if_frozen())
+        if isinstance(collator, PreferenceCollator):
+            _align_padding(head.owner, collator.tokenizer)
         reason = self._why_not_fused(head.module)
+        loss = self._given_loss if self.model_init is None else copy.deepcopy(self._given_loss)
         self.pair_loss, self.fused = loss_and_form(loss, reason)
         self.pair_loss.to(self.args.device)
         if self.fused:
@@ -192,10 +212,10 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         if in_fp32:
             head.module.__class__ = PooledHead
         self.head, self.head_reader = head.module, HeadReader(head, pool=in_fp32)
-        if late_pooling or padding_free:
-            install_shortcuts(model, late_pooling=late_pooling, padding_free=padding_free)
-        if padding_free and isinstance(data_collator, PreferenceCollator):
-            self.data_collator = replace(data_collator, packing=packing_for(model))
+        if any(self._shortcuts.values()):
+            install_shortcuts(model, **self._shortcuts)
+        if self._shortcuts["padding_free"] and isinstance(collator, PreferenceCollator):
+            self.data_collator = replace(collator, packing=packing_for(model))
         self._totals = TrainTotals(self.args.device)
         self._finite_loss = torch.zeros((), device=self.args.device)
 

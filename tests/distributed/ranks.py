@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from normbt_kernels import LinearNormBTLoss, NormBTLoss
+from normbt_kernels import LinearNormBTLoss, NormBTLoss, apply_normbt
 from normbt_kernels.commands.losses import LinearBTLoss
 from normbt_kernels.integrations.head import HeadReader, find_head
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
@@ -204,6 +205,40 @@ def fully_sharded_loop(folder):
     return whole(model) | {"mu": loss_fn.state_dict()["mu"].clone(), "refusal": refusal}
 
 
+# --- FSDP1, which casts buffers behind `Module._apply` --------------------------------------------------------------
+
+SLOW_BETA = 0.999  # of a mu that 16 bits would hold still
+
+
+def plain_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def vectors(step, num_ranks):
+    """The chosen, then the rejected vectors of each rank's four pairs; farther apart after the first step."""
+    generator = torch.Generator().manual_seed(step)
+    return (3 if step else 1) * torch.randn(num_ranks, 2, 4, 5, generator=generator)
+
+
+def fsdp1_with_buffers_in_16_bits(folder):
+    model = plain_net()
+    apply_normbt(model, beta=SLOW_BETA)
+    in_16_bits = MixedPrecision(buffer_dtype=torch.bfloat16)
+    sharded = FullyShardedDataParallel(
+        model, mixed_precision=in_16_bits, device_id=torch.device("cpu"), use_orig_params=True
+    )
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.02)
+    for step in range(STEPS):
+        rewards = sharded(vectors(step, dist.get_world_size())[dist.get_rank()].flatten(0, 1))
+        (-nn.functional.logsigmoid(rewards[:4] - rewards[4:]).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (ema,) = (module for module in sharded.modules() if isinstance(module, DistanceEMA))
+    with FullyShardedDataParallel.summon_full_params(sharded):
+        return {"mu": ema.mu.clone()} | whole(model)
+
+
 # --- what the mean of the distances costs, and who shares it -------------------------------------------------------
 
 
@@ -267,6 +302,7 @@ def subgroups(folder):
 
 
 SCENARIOS = (ddp, ddp_by_shortcuts, ddp_resumed, streamed, lora, fully_sharded_loop, collectives, overlap, subgroups)
+SCENARIOS += (fsdp1_with_buffers_in_16_bits,)
 TRAINER_TAKES_FSDP2 = hasattr(Trainer, "_defer_fsdp_gradient_reduction")  # of a model sharded at load time
 if TRAINER_TAKES_FSDP2:
     SCENARIOS += (fsdp2, fsdp2_by_shortcuts)

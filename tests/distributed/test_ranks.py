@@ -99,6 +99,24 @@ def test_fully_sharded_loop_with_unequal_batches_equals_one_process(results):
             torch.testing.assert_close(result[name], expected.detach(), rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_mu_stays_in_fp32_under_fsdp1_with_buffers_in_16_bits(results):
+    of_ranks = results("fsdp1_with_buffers_in_16_bits")
+    model, ema = ranks.plain_net(), reference.DistanceEMA(ranks.SLOW_BETA)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for step in range(ranks.STEPS):
+        rows = model[:2](ranks.vectors(step, len(of_ranks)).transpose(0, 1).flatten(0, 2))
+        distance = reference.pair_distance(rows)
+        mu = ema.weight_mean(distance)
+        ema.update(distance)
+        reference.linear_normbt_loss(rows, model[2].weight, mu, bias=model[2].bias).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for result in of_ranks:
+        torch.testing.assert_close(result["mu"], ema.mu, rtol=1e-6, atol=0)
+        for name, expected in model.named_parameters():
+            torch.testing.assert_close(result[name], expected.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_a_step_costs_one_reduction_of_two_floats(results):
     for result in results("collectives"):
         extra = list(result["normbt"])

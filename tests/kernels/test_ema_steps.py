@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import reference
-from normbt_kernels import LinearNormBTLoss, NormBTLoss
+from normbt_kernels import LinearNormBTLoss, NormBTLoss, modules
 
 MU = 3.0
 
@@ -164,6 +164,17 @@ def test_follow_takes_wrappers_of_an_optimizer_and_refuses_what_has_no_steps():
         LinearNormBTLoss().follow(loop.head)
     with pytest.raises(RuntimeError, match=r"each forward of this loss is a step: call follow\(optimizer\)"):
         LinearNormBTLoss().end_step()
+
+
+def test_an_optimizer_that_never_steps_is_warned_of_once(monkeypatch, recwarn):
+    monkeypatch.setattr(modules, "FORWARDS_IN_A_STEP", 3)
+    loop, other = Loop(LinearNormBTLoss()), Loop(LinearNormBTLoss())
+    for _ in range(5):
+        loop.backward(rows(2, seed=1))
+        other.backward(rows(2, seed=1))
+        other.step()
+    (warning,) = recwarn
+    assert "3 forwards, and no step of the optimizer that this loss follows" in str(warning.message)
 
 
 def test_copy_follows_no_optimizer():
