@@ -166,11 +166,12 @@ def _coarse_pair(function: Function, others: list[Function], rng: random.Random)
 
 def faults(tree: ast.AST, rng: random.Random) -> Iterator[tuple[str, Callable[[], None]]]:
     """Each fault that can be put into a function's `tree`: its kind, and what puts it there. Each changes the text."""
+    nodes = list(ast.walk(tree))
     variables = sorted(
-        {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-        | {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        {node.arg for node in nodes if isinstance(node, ast.arg)}
+        | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     )
-    for node in ast.walk(tree):
+    for node in nodes:
         match node:
             case ast.Compare(ops=operators):
                 for i, operator in enumerate(operators):
