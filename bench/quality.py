@@ -3,11 +3,16 @@
 A training run takes a small new model and a built-in data set and uses the real Trainer. A seed draws the weights, the
 data order and (generated pairs) the training pairs. It draws the same ones for every loss, so losses can be compared
 seed by seed. Each loss takes the learning rate with the best mean accuracy on the validation pairs, from the same grid.
-The report is the accuracy of all seeds at that rate on the test pairs. No model trains on validation or test pairs, and
-the choice does not see the test pairs.
+The seeds that choose it are not those that are reported. The report is the accuracy at that rate on the test pairs. No
+model trains on validation or test pairs, and the choice does not see the test pairs.
 
-    mixed      fine pairs (one fault) and coarse pairs (much differs): the paper's situation
-    fine-only  the control: without coarse pairs there is little for NormBT to mend
+    mixed        fine pairs (one fault) and coarse pairs (much differs): the paper's situation
+    fine-only    a control: without coarse pairs there is little for NormBT to mend
+    no-clipping  mixed pairs, and the gradient's norm is not limited (Trainer's limit is 1)
+    layer-norm   mixed pairs, and a LayerNorm without weights stands before the head: all hidden states have the same
+                 norm, so that a distance is an angle
+
+NormBT is compared at several powers of its weight: 1 is the paper, 0 would be BT.
 
 Thirds by distance go by the mean rank of a pair under all losses' models of the seed, so they are the same pairs for
 every loss. (Thirds by the distances of one loss would collect the pairs that this loss has not learned.) Intervals are
@@ -22,9 +27,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,12 +37,11 @@ from typing import Any
 import numpy as np
 
 from bench.harness import Report, print_table
-from bench.quality_runs import Run, digest, train_all
+from bench.quality_figure import draw, label
+from bench.quality_runs import SETTINGS, Run, digest, train_all
 from normbt_kernels.commands.arguments import LOSS_NAMES, TrainOptions
-from normbt_kernels.commands.train_report import COLORS, LABELS
 from normbt_kernels.data import STDLIB_FAULTS
 
-SETTINGS = ("mixed", "fine-only")
 CONSTANTS = {
     "beta": (0.0, 0.5, 0.9, 0.99),
     "eps": (1e-6, 0.1, 1.0, 10.0),
@@ -48,123 +52,174 @@ DEFAULTS = {name: getattr(TrainOptions(), name) for name in CONSTANTS}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=("generated", STDLIB_FAULTS), default="generated")
-    parser.add_argument("--loss", nargs="+", choices=LOSS_NAMES, default=LOSS_NAMES, help="(default: all)")
-    parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=SETTINGS, help="(default: both)")
-    parser.add_argument("--seeds", type=int, help="(default: 8, --quick: 2)")
-    parser.add_argument("--grid-seeds", type=int, help="seeds that choose a learning rate (default: 2, --quick: 1)")
-    parser.add_argument("--learning-rate", nargs="+", type=float, help="grid (default: 1.25e-4 2.5e-4 5e-4 1e-3 2e-3)")
+    parser.add_argument("--loss", nargs="+", choices=LOSS_NAMES, default=("bt", "normbt"), help="(default: bt normbt)")
+    parser.add_argument("--power", nargs="+", type=float, default=(0.25, 0.5, 0.75, 1.0), help="of NormBT's weight")
+    parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=("mixed",), help="(default: mixed)")
+    parser.add_argument("--seeds", type=int, help="that are reported (default: 8, --quick: 2)")
+    parser.add_argument("--grid-seeds", type=int, help="others that choose a learning rate (default: 4, --quick: 1)")
+    parser.add_argument("--learning-rate", nargs="+", type=float, help="grid (default: 2.5e-4 5e-4 1e-3)")
     parser.add_argument("--steps", type=int, help="of a run (default: the data set's own, --quick: 40)")
-    parser.add_argument("--sensitivity-seeds", type=int, help="0 for no sweep (default: 4, --quick: 0)")
+    parser.add_argument("--sensitivity-seeds", type=int, default=0, help="of the sweep (default: 0, no sweep)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: %(default)s, one per core)")
     parser.add_argument("--runs", type=Path, default=Path("quality-runs"), help="finished runs (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
-    options.loss = list(dict.fromkeys(options.loss))
     name = "quality" if options.dataset == "generated" else f"quality-{options.dataset}"
     report = Report(name, options)
     quick = options.quick
-    seeds = range(options.seeds or (2 if quick else 8))
-    grid_seeds = range(min(options.grid_seeds or (1 if quick else 2), len(seeds)))
-    grid = options.learning_rate or ([1e-3] if quick else [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3])
-    steps = options.steps or (40 if quick else None)
-    sweep_seeds = range((0 if quick else 4) if options.sensitivity_seeds is None else options.sensitivity_seeds)
+    num_seeds = options.seeds or (2 if quick else 8)
+    num_grid_seeds = options.grid_seeds or (1 if quick else 4)
+    plan = Plan(
+        dataset=options.dataset,
+        settings=tuple(options.setting),
+        contenders=tuple(contenders(options.loss, options.power)),
+        learning_rates=tuple(options.learning_rate or ([1e-3] if quick else [2.5e-4, 5e-4, 1e-3])),
+        seeds=range(num_seeds),
+        grid_seeds=range(num_seeds, num_seeds + num_grid_seeds),
+        sweep_seeds=range(options.sensitivity_seeds),
+        steps=options.steps or (40 if quick else None),
+    )
     pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"))
     try:
-        settings, sensitivity, finished = experiment(options, seeds, grid, grid_seeds, sweep_seeds, steps, pool)
+        results = Experiment(plan, options.runs, options.device.type == "cpu", pool).results()
     finally:
         pool.shutdown(cancel_futures=True)
-    print_settings(settings)
-    print_sensitivity(sensitivity)
-    results = {
-        "dataset": options.dataset,
-        "steps": steps,
-        "runs_finished": finished,
-        "seeds": len(seeds),
-        "grid": {"learning_rates": list(grid), "seeds": len(grid_seeds)},
-        "defaults": DEFAULTS,
-        "settings": settings,
-        "sensitivity": {"seeds": len(sweep_seeds), "rows": sensitivity},
-    }
+    print_settings(results["settings"])
+    print_sensitivity(results["sensitivity"]["rows"])
     report.save(results)
     report.save_figure(lambda plt: draw(plt, results))
     return 0
 
 
-def experiment(
-    options: argparse.Namespace,
-    seeds: range,
-    grid: Sequence[float],
-    grid_seeds: range,
-    sweep_seeds: range,
-    steps: int | None,
-    pool: ProcessPoolExecutor,
-) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, str]]:
-    """Trains all that is missing; the comparison of the losses in each setting, the rows of the sweep, and when the
-    first and the last run were finished."""
-    folder = options.runs / digest(options.dataset, steps)
-    folder.mkdir(parents=True, exist_ok=True)
+# --- experiment --------------------------------------------------------------------------------------------------
 
-    def train(runs: Iterable[Run], what: str) -> None:
-        train_all(list(runs), folder, options.device.type == "cpu", pool, what)
 
-    def predictions(run: Run) -> dict[str, np.ndarray]:
-        with np.load(folder / run.path) as arrays:
+def contenders(losses: Iterable[str], powers: Iterable[float]) -> Iterator[str]:
+    """The names of all that is compared: "bt", "normbt^0.5", and "normbt" for the paper's power, which is 1."""
+    powers = dict.fromkeys(powers)
+    for loss in dict.fromkeys(losses):
+        if loss.startswith("normbt"):
+            yield from (loss if power == 1 else f"{loss}^{power:g}" for power in powers)
+        else:
+            yield loss
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained."""
+
+    dataset: str
+    settings: tuple[str, ...]
+    contenders: tuple[str, ...]
+    learning_rates: tuple[float, ...]
+    seeds: range
+    grid_seeds: range
+    sweep_seeds: range
+    steps: int | None
+
+    def run(self, setting: str, contender: str, learning_rate: float, seed: int) -> Run:
+        loss, _, power = contender.partition("^")
+        constants = (("power", float(power)),) if power else ()
+        return Run(self.dataset, setting, loss, learning_rate, seed, self.steps, constants)
+
+
+class Experiment:
+    """Trains what is missing of a plan, and compares what its models predict."""
+
+    def __init__(self, plan: Plan, runs: Path, use_cpu: bool, pool: ProcessPoolExecutor):
+        self.plan, self.use_cpu, self.pool = plan, use_cpu, pool
+        self.folder = runs / digest(plan.dataset, plan.steps)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def results(self) -> dict[str, Any]:
+        """What is reported, as JSON has it."""
+        plan = self.plan
+        cells = [(setting, contender) for setting in plan.settings for contender in plan.contenders]
+        self.train(
+            "learning rates",
+            (plan.run(*cell, rate, seed) for seed in plan.grid_seeds for cell in cells for rate in plan.learning_rates),
+        )
+        accuracy = {
+            cell: {rate: self.validation_accuracy(*cell, rate) for rate in plan.learning_rates} for cell in cells
+        }
+        rates = {cell: max(of_rate, key=lambda rate: of_rate[rate]["mean"]) for cell, of_rate in accuracy.items()}
+        self.train("seeds", (plan.run(*cell, rates[cell], seed) for seed in plan.seeds for cell in cells))
+
+        def groups(setting: str) -> dict[str, Any]:
+            runs = {
+                contender: [plan.run(setting, contender, rates[setting, contender], seed) for seed in plan.seeds]
+                for contender in plan.contenders
+            }
+            return compare({contender: [self.predictions(run) for run in of] for contender, of in runs.items()})
+
+        return {
+            "dataset": plan.dataset,
+            "steps": plan.steps,
+            "seeds": len(plan.seeds),
+            "grid": {"learning_rates": list(plan.learning_rates), "seeds": list(plan.grid_seeds)},
+            "defaults": DEFAULTS,
+            "settings": {
+                setting: {
+                    "learning_rates": {
+                        contender: {
+                            "validation_accuracy": accuracy[setting, contender],
+                            "chosen": rates[setting, contender],
+                        }
+                        for contender in plan.contenders
+                    },
+                    "groups": groups(setting),
+                }
+                for setting in plan.settings
+            },
+            "sensitivity": {"seeds": len(plan.sweep_seeds), "rows": self.sweep(rates)},
+            "runs_finished": self.finished(),
+        }
+
+    def train(self, what: str, runs: Iterable[Run]) -> None:
+        train_all(list(runs), self.folder, self.use_cpu, self.pool, what)
+
+    def predictions(self, run: Run) -> dict[str, np.ndarray]:
+        with np.load(self.folder / run.path) as arrays:
             return dict(arrays)
 
-    cells = [(setting, loss) for setting in options.setting for loss in options.loss]
+    def validation_accuracy(self, setting: str, contender: str, learning_rate: float) -> dict[str, Any]:
+        runs = (self.plan.run(setting, contender, learning_rate, seed) for seed in self.plan.grid_seeds)
+        return mean_interval([float(correct(self.predictions(run), "validation").mean()) for run in runs])
 
-    def cell_run(cell: tuple[str, str], learning_rate: float, seed: int) -> Run:
-        return Run(options.dataset, *cell, learning_rate, seed, steps)
-
-    train((cell_run(cell, rate, seed) for cell in cells for rate in grid for seed in grid_seeds), "learning rates")
-
-    def validation_accuracy(cell: tuple[str, str], learning_rate: float) -> dict[str, Any]:
-        runs = (predictions(cell_run(cell, learning_rate, seed)) for seed in grid_seeds)
-        return mean_interval([float(correct(run, "validation").mean()) for run in runs])
-
-    validation = {cell: {rate: validation_accuracy(cell, rate) for rate in grid} for cell in cells}
-    best = {cell: max(grid, key=lambda rate, cell=cell: validation[cell][rate]["mean"]) for cell in cells}
-    train((cell_run(cell, best[cell], seed) for cell in cells for seed in seeds), "seeds")
-
-    settings = {}
-    for setting in options.setting:
+    def sweep(self, rates: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
+        """Test accuracy of NormBT with one constant changed, by group; none without seeds, or without NormBT."""
+        if not self.plan.sweep_seeds or ("mixed", "normbt") not in rates:
+            return []
+        standard = self.plan.run("mixed", "normbt", rates["mixed", "normbt"], 0)
         runs = {
-            loss: [predictions(cell_run((setting, loss), best[setting, loss], seed)) for seed in seeds]
-            for loss in options.loss
-        }
-        settings[setting] = {
-            "learning_rates": {
-                loss: {"validation_accuracy": validation[setting, loss], "chosen": best[setting, loss]}
-                for loss in options.loss
-            },
-            "groups": compare(runs),
-        }
-
-    sensitivity = []
-    if sweep_seeds and ("mixed", "normbt") in cells:
-        standard = cell_run(("mixed", "normbt"), best["mixed", "normbt"], 0)
-        variants = [
-            (name, value, ((name, value),) if value != DEFAULTS[name] else ())
+            (name, value): [
+                replace(standard, seed=seed, constants=((name, value),) if value != DEFAULTS[name] else ())
+                for seed in self.plan.sweep_seeds
+            ]
             for name, values in CONSTANTS.items()
             for value in values
-        ]
-        swept = {
-            (name, value): [replace(standard, seed=seed, constants=constants) for seed in sweep_seeds]
-            for name, value, constants in variants
         }
-        train({run: None for runs in swept.values() for run in runs}, "sensitivity")
-        for (constant, value), runs in swept.items():
-            groups = group_accuracies([predictions(run) for run in runs])
-            sensitivity.append(
-                {"constant": constant, "value": value, "groups": {key: mean_interval(of) for key, of in groups.items()}}
-            )
-    times = sorted(path.stat().st_mtime for path in folder.glob("*.npz"))
-    ends = {"first": times[0], "last": times[-1]}
-    finished = {
-        name: datetime.fromtimestamp(end, timezone.utc).isoformat(timespec="seconds") for name, end in ends.items()
-    }
-    return settings, sensitivity, finished
+        self.train("sensitivity", {run: None for of_value in runs.values() for run in of_value})
+        return [
+            {
+                "constant": name,
+                "value": value,
+                "groups": {
+                    group: mean_interval(accuracies)
+                    for group, accuracies in group_accuracies([self.predictions(run) for run in of_value]).items()
+                },
+            }
+            for (name, value), of_value in runs.items()
+        ]
+
+    def finished(self) -> dict[str, str]:
+        """When the first and the last run ended."""
+        times = [path.stat().st_mtime for path in self.folder.glob("*.npz")]
+        return {
+            name: datetime.fromtimestamp(end, timezone.utc).isoformat(timespec="seconds")
+            for name, end in (("first", min(times)), ("last", max(times)))
+        }
 
 
 # --- comparison --------------------------------------------------------------------------------------------------
@@ -192,13 +247,14 @@ def group_accuracies(
 
 
 def compare(runs: dict[str, Sequence[dict[str, np.ndarray]]]) -> dict[str, Any]:
-    """By group: each loss's accuracies with their interval, and differences paired by seed: to plain BT, and of NormBT
-    on top of a loss to that loss."""
+    """By group: each loss's accuracies with their interval, and differences paired by seed: to plain BT, of NormBT on
+    top of a loss to that loss, and of other powers to NormBT."""
     by_seed = zip(*runs.values(), strict=True)
     mean_ranks = [np.mean([_ranks(run["test_distance"]) for run in of_seed], axis=0) for of_seed in by_seed]
     accuracies = {loss: group_accuracies(of_loss, mean_ranks) for loss, of_loss in runs.items()}
     pairs = [(loss, "bt") for loss in runs if loss != "bt" and "bt" in runs]
     pairs += [(f"norm{loss}", loss) for loss in runs if loss != "bt" and f"norm{loss}" in runs]
+    pairs += [(loss, loss.partition("^")[0]) for loss in runs if "^" in loss and loss.partition("^")[0] in runs]
     groups: dict[str, Any] = {}
     for group in next(iter(accuracies.values())):
         of_loss = {loss: accuracies[loss][group] for loss in runs}
@@ -236,30 +292,30 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]
     return mean_interval(differences) | {"p_value": p_value}
 
 
-# --- terminal and figure -----------------------------------------------------------------------------------------
+# --- terminal -----------------------------------------------------------------------------------------
 
 
 def print_settings(settings: dict[str, Any]) -> None:
     for setting, of in settings.items():
-        losses = list(of["learning_rates"])
-        print(f"\n{setting}: accuracy on test pairs, mean over seeds +- half its 95% interval")
-        print_table(
-            ["loss", "learning rate", *of["groups"]],
-            [
-                [LABELS[loss], f"{of['learning_rates'][loss]['chosen']:g}",
-                 *(_plus_minus(group["accuracy"][loss]) for group in of["groups"].values())]
-                for loss in losses
-            ],
-        )  # fmt: skip
-        print(f"\n{setting}: difference, paired by seed, and its p-value")
-        rows = zip(*(group["difference"] for group in of["groups"].values()), strict=True)
-        print_table(
-            ["loss", "less", *of["groups"]],
-            [
-                [LABELS[row[0]["loss"]], LABELS[row[0]["baseline"]], *(_difference(cell) for cell in row)]
-                for row in rows
-            ],
-        )
+        rates = {loss: rate["chosen"] for loss, rate in of["learning_rates"].items()}
+        print_groups(setting, of["groups"], rates)
+
+
+def print_groups(title: str, groups: dict[str, Any], rates: dict[str, float]) -> None:
+    print(f"\n{title}: accuracy on test pairs, mean over seeds +- half its 95% interval")
+    print_table(
+        ["loss", "learning rate", *groups],
+        [
+            [label(loss), f"{rate:g}", *(_plus_minus(group["accuracy"][loss]) for group in groups.values())]
+            for loss, rate in rates.items()
+        ],
+    )
+    print(f"\n{title}: difference, paired by seed, and its p-value")
+    rows = zip(*(group["difference"] for group in groups.values()), strict=True)
+    print_table(
+        ["loss", "less", *groups],
+        [[label(row[0]["loss"]), label(row[0]["baseline"]), *(_difference(cell) for cell in row)] for row in rows],
+    )
 
 
 def print_sensitivity(rows: Sequence[dict[str, Any]]) -> None:
@@ -281,56 +337,3 @@ def _plus_minus(value: dict[str, Any]) -> str:
 def _difference(value: dict[str, Any]) -> str:
     p_value = "" if value["p_value"] is None else f" p={value['p_value']:.3f}"
     return f"{value['mean']:+.3f}{p_value}"
-
-
-def draw(plt: Any, results: dict[str, Any]) -> Any:
-    """A row of panels for each setting, one panel per group: mean and interval of each loss. Below, what learning rates
-    and NormBT's constants do."""
-    settings, sweep = results["settings"], results["sensitivity"]["rows"]
-    num_columns = max(
-        len(settings) + (len(CONSTANTS) if sweep else 0), *(len(of["groups"]) for of in settings.values())
-    )
-    num_rows = len(settings) + 1
-    figure, axes = plt.subplots(
-        num_rows, num_columns, figsize=(2.6 * num_columns + 1, 2.9 * num_rows), squeeze=False, layout="constrained"
-    )
-    for row, (setting, of) in zip(axes, settings.items(), strict=False):
-        losses = list(of["learning_rates"])[::-1]  # so that the first is on top
-        for axis, (group, values) in zip(row, of["groups"].items(), strict=False):
-            for height, loss in enumerate(losses):
-                value = values["accuracy"][loss]
-                low, high = value["interval_95"] or (value["mean"], value["mean"])
-                axis.plot([low, high], [height, height], color=COLORS[loss], linewidth=2)
-                axis.plot(value["mean"], height, "o", color=COLORS[loss])
-                axis.plot(value["seeds"], [height] * len(value["seeds"]), "|", color=COLORS[loss], alpha=0.5)
-            axis.set_yticks(range(len(losses)), [LABELS[loss] for loss in losses] if axis is row[0] else [])
-            axis.set_title(group, fontsize=10)
-        row[0].set_ylabel(setting)
-        row[0].set_xlabel("test accuracy: mean, 95% interval, seeds", fontsize=8)
-    for axis, (setting, of) in zip(axes[-1], settings.items(), strict=False):
-        for loss, rates in of["learning_rates"].items():
-            values = {float(rate): accuracy["mean"] for rate, accuracy in rates["validation_accuracy"].items()}
-            axis.semilogx(list(values), list(values.values()), "o-", color=COLORS[loss], markersize=3)
-        axis.set_xticks(list(values), [f"{rate * 1e4:g}" for rate in values])
-        axis.minorticks_off()
-        axis.set(xlabel="learning rate, 1e-4", ylabel="validation accuracy")
-        axis.set_title(f"{setting}, each rate", fontsize=10)
-    for axis, constant in zip(axes[-1][len(settings) :], CONSTANTS if sweep else (), strict=False):
-        rows = [row for row in sweep if row["constant"] == constant]
-        for group in rows[0]["groups"]:
-            means = [row["groups"][group]["mean"] for row in rows]
-            ends = [row["groups"][group]["interval_95"] or (mean, mean) for row, mean in zip(rows, means, strict=True)]
-            places = range(len(rows))
-            axis.plot(places, means, "o-", label=group)
-            axis.fill_between(places, *zip(*ends, strict=True), alpha=0.15)
-        axis.set_xticks(places, [f"{row['value']:g}" for row in rows])
-        axis.set(xlabel=f"NormBT's {constant}", ylabel="test accuracy")
-    if sweep:
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    for axis in axes.flat:
-        if not axis.has_data():
-            axis.remove()
-    figure.suptitle(
-        f"{results['dataset']} pairs, {results['seeds']} seeds, each loss at its own learning rate", fontsize=11
-    )
-    return figure

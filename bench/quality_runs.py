@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 CODE = ("modules.py", "functional.py", "ops/*.py", "commands/losses.py", "integrations/transformers.py")
 
 
+SETTINGS = ("mixed", "fine-only", "no-clipping", "layer-norm")
+
+
 @dataclass(frozen=True)
 class Run:
-    """One training run. `constants` are those of NormBT that are not the defaults."""
+    """One training run. `setting` is one of SETTINGS; `constants` are those of NormBT that are not the defaults."""
 
     dataset: str
     setting: str
@@ -83,11 +86,16 @@ def train_one(run: Run, folder: Path, use_cpu: bool) -> None:
     settings |= {"eval_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "report_to": "none"}
     if run.steps is not None:
         settings |= {"max_steps": run.steps, "warmup_steps": run.steps // 10}
+    if run.setting == "no-clipping":
+        settings["max_grad_norm"] = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         args = one_device(TrainingArguments(scratch, use_cpu=use_cpu, **settings))
         set_seed(run.seed)
+        model = built_in.make_model(tokenizer)
+        if run.setting == "layer-norm":  # without weights of its own, in place of the model's RMSNorm
+            model.model.norm = torch.nn.LayerNorm(model.config.hidden_size, elementwise_affine=False)
         trainer = NormBTTrainer(
-            built_in.make_model(tokenizer),
+            model,
             args,
             train_dataset=loss_rows(run.loss, rows["train"]),
             processing_class=tokenizer,
@@ -111,7 +119,7 @@ def built_in_of(dataset: str) -> BuiltIn:
     return find_built_in(None if dataset == "generated" else dataset)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)  # of every seed: the losses take turns
 def load(dataset: str, setting: str, seed: int) -> tuple[Any, Any, dict[str, list[dict[str, Any]]]]:
     """The data set, its tokenizer, and its tokenized pairs by split."""
     from normbt_kernels.data.tokens import tokenize_pair
