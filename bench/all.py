@@ -15,7 +15,7 @@ import time
 from bench.__main__ import SUBCOMMANDS
 from bench.harness import RESULTS, describe_device, print_table
 
-BENCHMARKS = [name for name in SUBCOMMANDS if name not in ("tune", "quality", "bf16-margins", "all")]
+BENCHMARKS = [name for name in SUBCOMMANDS if name not in ("tune", "quality", "pretrained", "bf16-margins", "all")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

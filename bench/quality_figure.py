@@ -43,34 +43,38 @@ def _height(groups: dict[str, Any]) -> float:
 
 
 def _draw_setting(figure: Any, title: str, groups: dict[str, Any], rates: dict[str, Any]) -> None:
-    names = list(groups)[::-1]  # so that the first is on top
-    look = looks(list(groups[names[0]]["accuracy"]))
+    look = looks(list(rates))
     accuracy, difference, by_rate = figure.subplots(1, 3, width_ratios=(1.2, 1, 0.9))
-
-    _draw_points(accuracy, names, look, lambda group, loss: groups[group]["accuracy"][loss], most=1.0)
-    accuracy.set_yticks(range(len(names)), names)
-    accuracy.set(xlabel="test accuracy, 95% interval over seeds", title=title)
-
-    from_bt = {
-        (group, row["loss"]): row for group in names for row in groups[group]["difference"] if row["baseline"] == "bt"
-    }
-    compared = {loss: look[loss] for loss in look if (names[0], loss) in from_bt}
-    if compared:
-        _draw_points(difference, names, compared, lambda group, loss: from_bt[group, loss])
-        difference.axvline(0, color="#444444", linewidth=0.8)
-        difference.set_yticks(range(len(names)), [])
-        difference.set(xlabel="difference, 95% interval", title="less BT, seed by seed")
-    else:
-        difference.remove()
-
+    draw_groups(accuracy, difference, groups, look)
+    accuracy.set_title(title, fontsize=11)
     for loss, of_loss in rates.items():
         values = {float(rate): value["mean"] for rate, value in of_loss["validation_accuracy"].items()}
         by_rate.semilogx(list(values), list(values.values()), "o-", markersize=3, **look[loss])
     by_rate.set_xticks(list(values), [f"{rate * 1e4:g}" for rate in values])
     by_rate.minorticks_off()
-    by_rate.set(xlabel="learning rate, 1e-4", ylabel="accuracy", title="validation pairs")
-    handles, labels = accuracy.get_legend_handles_labels()
-    by_rate.legend(handles, labels, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    by_rate.set(xlabel="learning rate, 1e-4", ylabel="accuracy")
+    by_rate.set_title("validation pairs", fontsize=11)
+    by_rate.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_groups(accuracy: Any, difference: Any, groups: dict[str, Any], look: dict[str, dict[str, str]]) -> None:
+    """Accuracy of every contender by group, and beside it the differences from BT; `groups` as `compare` makes them."""
+    names = list(groups)[::-1]  # so that the first is on top
+    _draw_points(accuracy, names, look, lambda group, loss: groups[group]["accuracy"][loss], most=1.0)
+    accuracy.set_yticks(range(len(names)), names)
+    accuracy.set_xlabel("test accuracy, 95% interval over seeds")
+
+    from_bt = {
+        (group, row["loss"]): row for group in names for row in groups[group]["difference"] if row["baseline"] == "bt"
+    }
+    compared = {loss: style for loss, style in look.items() if (names[0], loss) in from_bt}
+    if not compared:
+        difference.remove()
+        return
+    _draw_points(difference, names, compared, lambda group, loss: from_bt[group, loss])
+    difference.axvline(0, color="#444444", linewidth=0.8)
+    difference.set_yticks(range(len(names)), [])
+    difference.set_xlabel("difference from BT, paired by seed, 95% interval")
 
 
 def _draw_points(
@@ -89,7 +93,6 @@ def _draw_points(
         axis.plot([value["mean"] for value in values], heights, "o", markersize=4, **style)
         axis.hlines(heights, [low for low, _ in ends], [min(high, most) for _, high in ends], color=style["color"])
     axis.set_ylim(-0.6, len(groups) - 0.4)
-    axis.title.set_fontsize(11)
 
 
 def _draw_sweep(figure: Any, sweep: Sequence[dict[str, Any]]) -> None:

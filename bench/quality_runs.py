@@ -46,17 +46,21 @@ class Run:
 
 
 def digest(dataset: str, steps: int | None) -> str:
-    """Names what a run depends on beside its own fields: pairs, model, settings, versions, and the code of the loss."""
-    import torch
-    import transformers
-
+    """Names what a run depends on beside its own fields: pairs, model, settings, and what `fingerprint` adds."""
     built_in = built_in_of(dataset)
     pairs = [built_in.pairs(split, 0) for split in ("train", "validation", "test")]
     config = built_in.make_model(built_in.make_tokenizer()).config.to_json_string()
+    return f"{dataset}-{fingerprint(pairs, config, built_in.training_defaults, steps)}"
+
+
+def fingerprint(*facts: Any) -> str:
+    """A short name for `facts`, the versions, and the code of the loss."""
+    import torch
+    import transformers
+
     package = Path(normbt_kernels.__file__).parent
     code = [path.read_text() for part in CODE for path in sorted(package.glob(part))]
-    facts = (pairs, config, built_in.training_defaults, steps, code, torch.__version__, transformers.__version__)
-    return f"{dataset}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+    return hashlib.sha256(repr((facts, code, torch.__version__, transformers.__version__)).encode()).hexdigest()[:12]
 
 
 def train_all(runs: Sequence[Run], folder: Path, use_cpu: bool, pool: ProcessPoolExecutor, what: str) -> None:

@@ -14,12 +14,14 @@ pytest.importorskip("scipy")
 
 from bench import quality, quality_runs
 from bench.__main__ import main
+from bench.quality_figure import draw_groups, looks
+from normbt_kernels.integrations import transformers as transformers_integration
 from tests.processes import FORKED, Command
 
 pytestmark = pytest.mark.slow
 
 COMMAND = ["quality", "--steps", "3", "--seeds", "2", "--grid-seeds", "1", "--sensitivity-seeds", "0"]
-COMMAND += ["--setting", "mixed", "--loss", "bt", "normbt", "--learning-rate", "1e-3", "2e-3", "--processes", "1"]
+COMMAND += ["--power", "0.5", "--learning-rate", "1e-3", "2e-3", "--processes", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def test_no_runs_are_left_half_written_by_an_interrupt(interrupted):
     assert command.exit_code != 0
     assert "bench: interrupted" in command.errors
     runs = list(folder.glob("runs/*/*.npz"))
-    assert 0 < len(runs) < 6
+    assert 0 < len(runs) < 8
     for path in runs:
         with np.load(path) as arrays:
             assert len(arrays["test_chosen"]) == 2000
@@ -68,16 +70,19 @@ def test_it_reports_what_the_runs_predicted_and_resumes(interrupted, experiment)
     before = times_of_writing(interrupted[0])
     results, screen, written = experiment()
     assert before.items() <= written.items()  # what an interrupted command had written is not made again
-    assert len(written) == 2 * 2 + 2  # two losses at two rates, then a second seed at the chosen rate
+    assert len(written) == 2 * 2 + 2 * 2  # two losses at two rates, then two other seeds at the chosen rate
     mixed = results["settings"]["mixed"]
     (folder,) = {path.parent for path in written}
-    for loss in ("bt", "normbt"):
+    for loss, path in (("bt", "bt"), ("normbt^0.5", "normbt-power0.5")):
         rates = mixed["learning_rates"][loss]
         chosen = rates["chosen"]
         accuracies = {float(rate): value["mean"] for rate, value in rates["validation_accuracy"].items()}
         assert accuracies[chosen] == max(accuracies.values())
+        for rate, accuracy in accuracies.items():  # chosen by a seed that is not reported
+            with np.load(folder / f"mixed-{path}-lr{rate:g}-seed2.npz") as run:
+                assert accuracy == (run["validation_chosen"] > run["validation_rejected"]).mean()
         for seed in (0, 1):
-            with np.load(folder / f"mixed-{loss}-lr{chosen:g}-seed{seed}.npz") as run:
+            with np.load(folder / f"mixed-{path}-lr{chosen:g}-seed{seed}.npz") as run:
                 assert len(run["test_chosen"]) == len(run["validation_chosen"]) == 2000
                 right = run["test_chosen"] > run["test_rejected"]
                 fine = run["test_category"] == "fine: one wrong token"
@@ -133,11 +138,45 @@ def test_intervals_and_paired_tests_are_those_of_a_table_of_students_t():
 
 def test_each_variant_is_compared_with_bt_and_with_what_it_is_put_on():
     run = make_run([1, 0, 1], [1, 2, 3], ["fine"] * 3)
-    losses = ("bt", "bt-margin", "normbt", "normbt-margin")
+    losses = ("bt", "bt-margin", "normbt", "normbt-margin", "normbt^0.5")
     groups = quality.compare({loss: [run] for loss in losses})
     assert "fine" not in groups  # it is all pairs
     compared = {(row["loss"], row["baseline"]) for row in groups["all"]["difference"]}
-    assert compared == {("bt-margin", "bt"), ("normbt", "bt"), ("normbt-margin", "bt"), ("normbt-margin", "bt-margin")}
+    on_bt = {(loss, "bt") for loss in losses if loss != "bt"}
+    assert compared == on_bt | {("normbt-margin", "bt-margin"), ("normbt^0.5", "normbt")}
+
+
+def test_a_control_changes_one_thing_about_the_training(monkeypatch, tmp_path):
+    made = {}
+
+    class Trainer(transformers_integration.NormBTTrainer):
+        def train(self):
+            made[self.control] = self.args.max_grad_norm, type(self.model.model.norm).__name__
+            return super().train()
+
+    monkeypatch.setattr(transformers_integration, "NormBTTrainer", Trainer)
+    for setting in ("mixed", "no-clipping", "layer-norm"):
+        Trainer.control = setting
+        quality_runs.train_one(quality_runs.Run("generated", setting, "normbt", 1e-3, 0, 1), tmp_path, use_cpu=True)
+    assert made == {
+        "mixed": (1.0, "LlamaRMSNorm"),
+        "no-clipping": (0.0, "LlamaRMSNorm"),
+        "layer-norm": (1.0, "LayerNorm"),
+    }
+
+
+def test_no_interval_is_drawn_beyond_what_an_accuracy_can_be():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    run = make_run([1, 1, 1, 0], [1, 2, 3, 4], ["fine", "fine", "coarse", "coarse"])
+    whole = make_run([1, 1, 1, 1], [1, 2, 3, 4], ["fine", "fine", "coarse", "coarse"])
+    groups = quality.compare({"bt": [run, whole], "normbt": [whole, run], "normbt^0.5": [run, whole]})
+    assert max(of["interval_95"][1] for of in groups["all"]["accuracy"].values()) > 1
+    figure, (accuracy, difference) = plt.subplots(1, 2)
+    draw_groups(accuracy, difference, groups, looks(["bt", "normbt", "normbt^0.5"]))
+    drawn = [point for lines in accuracy.collections for line in lines.get_segments() for point in line[:, 0]]
+    assert max(drawn) == 1.0
+    assert len(difference.collections) == 2
+    plt.close(figure)
 
 
 def test_runs_of_other_data_or_steps_are_kept_apart(monkeypatch):
