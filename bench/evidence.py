@@ -36,6 +36,7 @@ LOSSES = {
 CPU = "amd-epyc-2-cores"  # whose figures README quotes
 BEHIND = "**behind:** "
 COARSE, FINE = "coarse: noisy style", "fine: one wrong token"
+GROUPS = {"all": "all", "fine": FINE, "coarse": COARSE, "closest third": "closest third"}
 
 
 def results(name: str) -> dict[str, Any]:
@@ -57,6 +58,11 @@ def interval(value: dict[str, Any]) -> str:
     return f"{value['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+def name_of(loss: str) -> str:
+    loss, _, power = loss.partition("^")
+    return f"{LOSSES[loss]}, power {power}" if power else LOSSES[loss]
+
+
 def difference(group: dict[str, Any], loss: str = "normbt", baseline: str = "bt") -> dict[str, Any]:
     (found,) = [row for row in group["difference"] if (row["loss"], row["baseline"]) == (loss, baseline)]
     return found
@@ -65,9 +71,45 @@ def difference(group: dict[str, Any], loss: str = "normbt", baseline: str = "bt"
 # --- does it help? -------------------------------------------------------------------------------------------------
 
 
+def powers() -> str:
+    """BT and NormBT at four powers, each at the learning rate that other seeds chose."""
+    header = ["loss", "learning rate", "accuracy", *(f"{group}, less BT" for group in GROUPS)]
+    return table(header, against_bt(results("quality/quality.json")["settings"]["mixed"]))
+
+
+def powers_rates() -> str:
+    """Validation accuracy of BT and of each power at every learning rate, over the seeds that choose."""
+    return by_rate(results("quality/quality.json")["settings"]["mixed"]["learning_rates"])
+
+
+def controls() -> str:
+    """BT and NormBT with one thing about the training changed."""
+    header = ["control", "loss", "learning rate", "accuracy", *(f"{group}, less BT" for group in GROUPS)]
+    settings = results("quality-controls/quality.json")["settings"]
+    return table(header, [[control, *row] for control, of in settings.items() for row in against_bt(of)])
+
+
+def against_bt(of: dict[str, Any]) -> list[list[str]]:
+    """A row for each loss of a setting: learning rate, accuracy over all pairs, differences from BT by group."""
+    rows = []
+    for loss, rate in of["learning_rates"].items():
+        differences = [interval(difference(of["groups"][group], loss)) for group in GROUPS.values() if loss != "bt"]
+        accuracy = plus_minus(of["groups"]["all"]["accuracy"][loss])
+        rows.append([name_of(loss), f"{rate['chosen']:g}", accuracy, *(differences or [""] * len(GROUPS))])
+    return rows
+
+
+def by_rate(learning_rates: dict[str, Any]) -> str:
+    grid = learning_rates["bt"]["validation_accuracy"]
+    rows = [
+        [name_of(loss), *map(plus_minus, of["validation_accuracy"].values())] for loss, of in learning_rates.items()
+    ]
+    return table(["learning rate", *(f"{float(rate):g}" for rate in grid)], rows)
+
+
 def losses() -> str:
     """Each loss at its best learning rate. p is corrected for all rows of the table (Bonferroni)."""
-    settings = results("quality/quality.json")["settings"]
+    settings = results("quality-losses/quality.json")["settings"]
     mixed, control = settings["mixed"]["groups"], settings["fine-only"]["groups"]
     comparisons = [
         ("all", mixed["all"], "normbt", "bt"),
@@ -90,31 +132,13 @@ def losses() -> str:
 
 
 def rates() -> str:
-    """Validation accuracy at every learning rate of the grid, whichever loss prefers which."""
-    learning_rates = results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"]
-    grid = learning_rates["bt"]["validation_accuracy"]
-    rows = [
-        [LOSSES[loss], *map(plus_minus, learning_rates[loss]["validation_accuracy"].values())]
-        for loss in ("bt", "normbt")
-    ]
-    return table(["learning rate", *(f"{float(rate):g}" for rate in grid)], rows)
-
-
-def rates_chosen() -> str:
-    """Test accuracy at the learning rates that more seeds choose."""
-    mixed = results("quality-rates/quality.json")["settings"]["mixed"]
-    rows = []
-    for name, group in (("all", "all"), ("fine", FINE), ("coarse", COARSE)):
-        of, found = mixed["groups"][group], difference(mixed["groups"][group])
-        accuracies = (plus_minus(of["accuracy"][loss]) for loss in ("bt", "normbt"))
-        rows.append([name, *accuracies, interval(found), f"{found['p_value']:.3f}"])
-    at = {loss: f"{LOSSES[loss]} at {mixed['learning_rates'][loss]['chosen']:g}" for loss in ("bt", "normbt")}
-    return table(["pairs", *at.values(), "difference", "p"], rows)
+    """Validation accuracy of BT and NormBT over a wider grid."""
+    return by_rate(results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"])
 
 
 def constants() -> str:
     """NormBT with one of its constants changed."""
-    rows = results("quality/quality.json")["sensitivity"]["rows"]
+    rows = results("quality-losses/quality.json")["sensitivity"]["rows"]
     return table(
         ["constant", "value", "all", "fine", "coarse"],
         [
@@ -137,6 +161,33 @@ def standard_library() -> str:
         for name, group in groups.items()
     ]
     return table(["pairs", "BT", "NormBT", "difference"], rows)
+
+
+def pretrained() -> str:
+    """MiniLM fine-tuned on rated sentences, at each learning rate."""
+    file = results("pretrained/pretrained.json")
+    groups = ["all", *(group for group in next(iter(file["learning_rates"].values()))["groups"] if "apart" in group)]
+    rows = []
+    for rate, of in file["learning_rates"].items():
+        for loss in file["contenders"]:
+            differences = [interval(difference(of["groups"][group], loss)) for group in groups if loss != "bt"]
+            accuracy = plus_minus(of["groups"]["all"]["accuracy"][loss])
+            rows.append([rate, name_of(loss), accuracy, *(differences or [""] * len(groups))])
+    return table(["learning rate", "loss", "accuracy", *(f"{group}, less BT" for group in groups)], rows)
+
+
+def pretrained_slopes() -> str:
+    """How the backbone's gradient grows with the distance in real models: fresh, and over the training with BT."""
+    names = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M", "ratings": "rated sentences", "rules": "good and bad code"}
+    rows = []
+    for row in results("pretrained/pretrained.json")["slopes"]:
+        slope = row["slope"]
+        quarters = ", ".join(f"{of['slope']:.2f}" for of in row["slopes_by_error_quartile"])
+        power = "none" if row["recommended_power"] is None else f"{row['recommended_power']:g}"
+        found = f"{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
+        where = (names[row["model"]], names[row["task"]], row["point"], str(row["seed"]))
+        rows.append([*where, f"{row['accuracy']:.3f}", found, quarters, power])
+    return table(["model", "texts", "point", "seed", "accuracy", "slope", "by quarter of error", "recommended"], rows)
 
 
 def slopes() -> str:
@@ -269,11 +320,15 @@ def cpu_rows() -> list[list[str]]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "powers": powers,
+    "powers-rates": powers_rates,
+    "controls": controls,
     "losses": losses,
     "rates": rates,
-    "rates-chosen": rates_chosen,
     "constants": constants,
     "standard-library": standard_library,
+    "pretrained": pretrained,
+    "pretrained-slopes": pretrained_slopes,
     "slopes": slopes,
     "slopes-by-error": slopes_by_error,
     "numbers": numbers,
