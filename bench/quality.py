@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=("mixed",), help="(default: mixed)")
     parser.add_argument("--seeds", type=int, help="that are reported (default: 8, --quick: 2)")
     parser.add_argument("--grid-seeds", type=int, help="others that choose a learning rate (default: 4, --quick: 1)")
-    parser.add_argument("--learning-rate", nargs="+", type=float, help="grid (default: 2.5e-4 5e-4 1e-3)")
+    parser.add_argument(
+        "--learning-rate", nargs="+", type=float, help="grid, or one for all (default: 2.5e-4 5e-4 1e-3)"
+    )
     parser.add_argument("--steps", type=int, help="of a run (default: the data set's own, --quick: 40)")
     parser.add_argument("--sensitivity-seeds", type=int, default=0, help="of the sweep (default: 0, no sweep)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: %(default)s, one per core)")
@@ -75,8 +77,8 @@ def run(options: argparse.Namespace) -> int:
         settings=tuple(options.setting),
         contenders=tuple(contenders(options.loss, options.power)),
         learning_rates=tuple(options.learning_rate or ([1e-3] if quick else [2.5e-4, 5e-4, 1e-3])),
-        seeds=range(num_seeds),
-        grid_seeds=range(num_seeds, num_seeds + num_grid_seeds),
+        seeds=range(num_grid_seeds, num_grid_seeds + num_seeds),
+        grid_seeds=range(num_grid_seeds),
         sweep_seeds=range(options.sensitivity_seeds),
         steps=options.steps or (40 if quick else None),
     )
@@ -136,14 +138,16 @@ class Experiment:
         """What is reported, as JSON has it."""
         plan = self.plan
         cells = [(setting, contender) for setting in plan.settings for contender in plan.contenders]
+        grid = plan.learning_rates if len(plan.learning_rates) > 1 else ()  # one rate needs no choice
         self.train(
             "learning rates",
-            (plan.run(*cell, rate, seed) for seed in plan.grid_seeds for cell in cells for rate in plan.learning_rates),
+            (plan.run(*cell, rate, seed) for seed in plan.grid_seeds for cell in cells for rate in grid),
         )
-        accuracy = {
-            cell: {rate: self.validation_accuracy(*cell, rate) for rate in plan.learning_rates} for cell in cells
+        accuracy = {cell: {rate: self.validation_accuracy(*cell, rate) for rate in grid} for cell in cells}
+        rates = {
+            cell: max(plan.learning_rates, key=lambda rate, of=of: of[rate]["mean"] if of else 0.0)
+            for cell, of in accuracy.items()
         }
-        rates = {cell: max(of_rate, key=lambda rate: of_rate[rate]["mean"]) for cell, of_rate in accuracy.items()}
         self.train("seeds", (plan.run(*cell, rates[cell], seed) for seed in plan.seeds for cell in cells))
 
         def groups(setting: str) -> dict[str, Any]:
@@ -157,7 +161,8 @@ class Experiment:
             "dataset": plan.dataset,
             "steps": plan.steps,
             "seeds": len(plan.seeds),
-            "grid": {"learning_rates": list(plan.learning_rates), "seeds": list(plan.grid_seeds)},
+            "seeds_reported": list(plan.seeds),
+            "grid": {"learning_rates": list(plan.learning_rates), "seeds": list(plan.grid_seeds) if grid else []},
             "defaults": DEFAULTS,
             "settings": {
                 setting: {
