@@ -45,7 +45,7 @@ from normbt_kernels.diagnostics import diagnose
 from normbt_kernels.files import write_json
 from normbt_kernels.integrations.transformers import NormBTTrainer
 
-MAX_WORDS = 20  # of a sentence
+MAX_WORDS = 10  # of a sentence
 LEFT_OUT = LeftOut(96)  # tokens, of a piece of code
 PAIRS_OF_A_STEP = 16
 DIAGNOSED_SEED = 100  # whose diagnosis recommends the power
@@ -57,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=tuple(MODELS), help="to diagnose (default: both)")
     parser.add_argument("--seeds", type=int, help="of training (default: 4, --quick: 2)")
     parser.add_argument("--learning-rate", nargs="+", type=float, default=(5e-5, 2e-4), help="(default: 5e-5 2e-4)")
-    parser.add_argument("--steps", type=int, help=f"of a run, {PAIRS_OF_A_STEP} pairs each (default: 150, --quick: 4)")
-    parser.add_argument("--test-pairs", type=int, help="(default: 600, --quick: 48)")
-    parser.add_argument("--gradients", type=int, help="of a diagnosis (default: 128, --quick: 48)")
+    parser.add_argument("--steps", type=int, help=f"of a run, {PAIRS_OF_A_STEP} pairs each (default: 80, --quick: 4)")
+    parser.add_argument("--test-pairs", type=int, help="(default: 400, --quick: 48)")
+    parser.add_argument("--gradients", type=int, help="of a diagnosis (default: 96, --quick: 48)")
     parser.add_argument(
         "--runs", type=Path, default=Path("pretrained-runs"), help="finished runs (default: %(default)s)"
     )
@@ -70,12 +70,12 @@ def run(options: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     quick = options.quick
     sentences = read_sentences(options.ratings, MAX_WORDS)
-    num_test = options.test_pairs or (48 if quick else 600)
+    num_test = options.test_pairs or (48 if quick else 400)
     experiment = Experiment(
         sentences=sentences,
         test_pairs={"ratings": rated_pairs(sentences, True, num_test, 0), "rules": rule_pairs(num_test)},
-        steps=options.steps or (4 if quick else 150),
-        num_gradients=options.gradients or (48 if quick else 128),
+        steps=options.steps or (4 if quick else 80),
+        num_gradients=options.gradients or (48 if quick else 96),
         use_cpu=options.device.type == "cpu",
         runs=options.runs,
     )
@@ -130,8 +130,8 @@ class Experiment:
                     contender, rate, seed, with_slopes=contender == "bt" and rate == learning_rates[0]
                 ),
             )
-            for seed in seeds
             for rate in learning_rates
+            for seed in seeds
             for contender in contenders
         }
         slopes = [

@@ -85,25 +85,15 @@ def train_one(run: Run, folder: Path, use_cpu: bool) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     built_in, tokenizer, rows = load(run.dataset, run.setting, run.seed)
-    constants = dict(run.constants)
-    settings = built_in.training_defaults | {"learning_rate": run.learning_rate, "seed": run.seed}
-    settings |= {"eval_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "report_to": "none"}
-    if run.steps is not None:
-        settings |= {"max_steps": run.steps, "warmup_steps": run.steps // 10}
-    if run.setting == "no-clipping":
-        settings["max_grad_norm"] = 0.0
     with tempfile.TemporaryDirectory() as scratch:
-        args = one_device(TrainingArguments(scratch, use_cpu=use_cpu, **settings))
+        args = one_device(TrainingArguments(scratch, use_cpu=use_cpu, **settings_of(run, built_in)))
         set_seed(run.seed)
-        model = built_in.make_model(tokenizer)
-        if run.setting == "layer-norm":  # without weights of its own, in place of the model's RMSNorm
-            model.model.norm = torch.nn.LayerNorm(model.config.hidden_size, elementwise_affine=False)
         trainer = NormBTTrainer(
-            model,
+            new_model(run, built_in, tokenizer),
             args,
             train_dataset=loss_rows(run.loss, rows["train"]),
             processing_class=tokenizer,
-            loss=make_loss(run.loss, TrainOptions(**constants)),
+            loss=make_loss(run.loss, TrainOptions(**dict(run.constants))),
             keep_identical=True,  # 5 of the 8,000 generated pairs, which were there when the results were measured
         )
         trainer.remove_callback(PrinterCallback)
@@ -115,6 +105,27 @@ def train_one(run: Run, folder: Path, use_cpu: bool) -> None:
                 arrays[f"{split}_{kind}"] = values
             arrays[f"{split}_category"] = np.array([row["category"] for row in rows[split]])
     write_whole(folder / run.path, lambda path: np.savez_compressed(path, **arrays))
+
+
+def settings_of(run: Run, built_in: BuiltIn) -> dict[str, Any]:
+    """The TrainingArguments of a run."""
+    settings = built_in.training_defaults | {"learning_rate": run.learning_rate, "seed": run.seed}
+    settings |= {"eval_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "report_to": "none"}
+    if run.steps is not None:
+        settings |= {"max_steps": run.steps, "warmup_steps": run.steps // 10}
+    if run.setting == "no-clipping":
+        settings["max_grad_norm"] = 0.0
+    return settings
+
+
+def new_model(run: Run, built_in: BuiltIn, tokenizer: Any) -> Any:
+    """The data set's model, drawn from torch's current seed."""
+    from torch.nn import LayerNorm
+
+    model = built_in.make_model(tokenizer)
+    if run.setting == "layer-norm":
+        model.model.norm = LayerNorm(model.config.hidden_size, elementwise_affine=False)
+    return model
 
 
 def built_in_of(dataset: str) -> BuiltIn:
