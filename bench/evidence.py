@@ -136,6 +136,18 @@ def rates() -> str:
     return by_rate(results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"])
 
 
+def rates_chosen() -> str:
+    """Test accuracy at the learning rates that more seeds choose."""
+    mixed = results("quality-rates/quality.json")["settings"]["mixed"]
+    rows = []
+    for name, group in (("all", "all"), ("fine", FINE), ("coarse", COARSE)):
+        of, found = mixed["groups"][group], difference(mixed["groups"][group])
+        accuracies = (plus_minus(of["accuracy"][loss]) for loss in ("bt", "normbt"))
+        rows.append([name, *accuracies, interval(found), f"{found['p_value']:.3f}"])
+    at = {loss: f"{LOSSES[loss]} at {mixed['learning_rates'][loss]['chosen']:g}" for loss in ("bt", "normbt")}
+    return table(["pairs", *at.values(), "difference", "p"], rows)
+
+
 def constants() -> str:
     """NormBT with one of its constants changed."""
     rows = results("quality-losses/quality.json")["sensitivity"]["rows"]
@@ -227,7 +239,7 @@ def command_of(file: dict[str, Any]) -> str:
 
 
 def quality_rows() -> list[list[str]]:
-    quality, by_rate = results("quality/quality.json"), results("quality-rates/quality.json")
+    quality, by_rate = results("quality-losses/quality.json"), results("quality-rates/quality.json")
     library = results("quality-stdlib-faults/quality-stdlib-faults.json")["settings"]["mixed"]["groups"]
     rates = by_rate["settings"]["mixed"]["learning_rates"]
     grid = [float(rate) for rate in rates["bt"]["validation_accuracy"]]
@@ -242,7 +254,7 @@ def quality_rows() -> list[list[str]]:
     page = "[docs/evidence.md](docs/evidence.md)"
     best = f"accuracy, NormBT minus BT, each at its best learning rate ({quality['seeds']} seeds, 95% interval)"
     return [
-        [best, interval(difference(quality["settings"]["mixed"]["groups"]["all"])), "`python -m bench quality`"],
+        [best, interval(difference(quality["settings"]["mixed"]["groups"]["all"])), page],
         [f"accuracy at learning rates {grid[0]:g} to {grid[-1]:g}", "; ".join(by_loss), page],
         ["accuracy on real code, NormBT minus BT", "; ".join(on_code), page],
     ]
@@ -320,15 +332,11 @@ def cpu_rows() -> list[list[str]]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "powers": powers,
-    "powers-rates": powers_rates,
-    "controls": controls,
     "losses": losses,
     "rates": rates,
+    "rates-chosen": rates_chosen,
     "constants": constants,
     "standard-library": standard_library,
-    "pretrained": pretrained,
-    "pretrained-slopes": pretrained_slopes,
     "slopes": slopes,
     "slopes-by-error": slopes_by_error,
     "numbers": numbers,

@@ -33,7 +33,9 @@ def draw(plt: Any, results: dict[str, Any]) -> Any:
         _draw_setting(row, setting, of["groups"], of["learning_rates"])
     if sweep:
         _draw_sweep(rows[-1], sweep)
-    figure.suptitle(f"{results['dataset']} pairs, {results['seeds']} seeds, each loss at its own learning rate")
+    rates = results["grid"]["learning_rates"]
+    at = "each loss at its own learning rate" if len(rates) > 1 else f"learning rate {rates[0]:g}"
+    figure.suptitle(f"{results['dataset']} pairs, {results['seeds']} seeds, {at}")
     return figure
 
 
@@ -79,7 +81,7 @@ def draw_groups(accuracy: Any, difference: Any, groups: dict[str, Any], look: di
     _draw_points(difference, names, compared, lambda group, loss: from_bt[group, loss])
     difference.axvline(0, color="#444444", linewidth=0.8)
     difference.set_yticks(range(len(names)), [])
-    difference.set_xlabel("difference from BT, paired by seed, 95% interval")
+    difference.set_xlabel("difference from BT, 95% interval")
 
 
 def _draw_points(

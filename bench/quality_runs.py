@@ -124,7 +124,8 @@ def new_model(run: Run, built_in: BuiltIn, tokenizer: Any) -> Any:
 
     model = built_in.make_model(tokenizer)
     if run.setting == "layer-norm":
-        model.model.norm = LayerNorm(model.config.hidden_size, elementwise_affine=False)
+        config = model.config
+        model.model.norm = LayerNorm(config.hidden_size, eps=config.rms_norm_eps, elementwise_affine=False)
     return model
 
 
