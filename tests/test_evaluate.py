@@ -12,8 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from normbt_kernels.commands import cli, evaluate
 from normbt_kernels.data import demo
@@ -23,6 +22,7 @@ from normbt_kernels.evaluation import SECTIONS, accuracy, score_pairs, section_m
 from normbt_kernels.resumable import map_resumable
 from tests.processes import Command
 from tests.tiny_classifiers import VOCABULARY, make_model
+from tests.tiny_pairs import word_tokenizer
 
 WORDS = ["<pad>", "<eos>", "<unk>", "user", "assistant", ":", *(f"w{i}" for i in range(VOCABULARY - 6))]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }} <eos> {% endfor %}"
@@ -30,11 +30,7 @@ NAMES = [name for weights in SECTIONS.values() for name in weights]
 
 
 def make_tokenizer(**tokens):
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", **tokens)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return word_tokenizer(WORDS, CHAT_TEMPLATE, eos_token="<eos>", **tokens)
 
 
 def save(model, folder, **tokens):

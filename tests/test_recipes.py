@@ -28,19 +28,18 @@ pytest.importorskip("trl")
 
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from normbt_kernels.commands.cli import main
 from normbt_kernels.integrations.head import last_token
 from tests.processes import run_ranks
-from tests.tiny_classifiers import HIDDEN, PAD, VOCABULARY, make_batch, make_model
-from tests.tiny_pairs import EOS
+from tests.tiny_classifiers import HIDDEN, PAD, make_batch, make_model
+from tests.tiny_pairs import EOS, make_tokenizer
 
 pytestmark = pytest.mark.slow
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' <eos>' }}{% endfor %}"
 
 
 def blocks(page, language):
@@ -99,16 +98,6 @@ def playground(tmp_path_factory):
 
 def message(role, content):
     return {"role": role, "content": content}
-
-
-def make_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<eos>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(5, VOCABULARY))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **tokens)
 
 
 @pytest.fixture

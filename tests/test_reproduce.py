@@ -18,13 +18,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 import datasets
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from normbt_kernels.commands import train_report
 from normbt_kernels.commands.cli import main
 from normbt_kernels.evaluation import SECTIONS
 from tests.tiny_classifiers import make_model
+from tests.tiny_pairs import word_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -86,10 +86,7 @@ def save_data(folder, config, split, rows):
 
 def save_model(folder):
     LlamaForCausalLM(make_model("llama", num_hidden_layers=1, pad_token_id=None).config).save_pretrained(folder)
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = {"eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **tokens).save_pretrained(folder)
+    word_tokenizer(WORDS, CHAT_TEMPLATE, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
 def expanded(block, folder):

@@ -20,6 +20,7 @@ from normbt_kernels.data.preferences import load_preferences, parse_row
 from normbt_kernels.data.tokens import LeftOut, prepare, tokenize
 from normbt_kernels.errors import UserError
 from tests.processes import Command
+from tests.tiny_pairs import word_tokenizer
 
 WORDS = ["add", "two", "four", "five", "six", "user", "assistant", ":", "<s>", "</s>", "<unk>"]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }} </s> {% endfor %}"
@@ -36,13 +37,7 @@ def normbt(*arguments, cwd, check=True):
 @pytest.fixture(scope="module")
 def causal_lm(tmp_path_factory):
     """A saved causal LM without a pad token, as decoders often come."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = word_tokenizer(WORDS, CHAT_TEMPLATE, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=8, eos_token_id=9, **shape))

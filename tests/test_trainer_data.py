@@ -1,7 +1,5 @@
 """Preference data as people have them, in `NormBTTrainer`: text or messages in, the right token ids in the batch."""
 
-import logging
-
 import pytest
 import torch
 
@@ -9,12 +7,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 import datasets
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import TrainingArguments
 
 from normbt_kernels import LinearNormBTLoss
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
 from tests.tiny_classifiers import make_model
+from tests.tiny_pairs import word_tokenizer
 
 WORDS = ["<pad>", "<eos>", "<unk>", "user", "assistant", ":", "add", "two", "four", "five", "six"]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }} <eos> {% endfor %}"
@@ -22,12 +20,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.co
 
 @pytest.fixture
 def tokenizer():
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return word_tokenizer(WORDS, CHAT_TEMPLATE, pad_token="<pad>", eos_token="<eos>")
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +107,11 @@ def test_evaluate_and_predict_take_raw_pairs_too(model, tokenizer, tmp_path):
     assert metrics["eval_margin"] == pytest.approx(float((chosen_rewards - rejected_rewards).mean()), rel=1e-5)
 
 
-def test_pairs_that_are_too_long_are_left_out_and_counted(model, tokenizer, tmp_path, caplog):
+def test_pairs_that_are_too_long_are_left_out_and_counted(model, tokenizer, tmp_path, messages):
     rows = [TEXT, {"chosen": "add two two two", "rejected": "six"}, TEXT]
-    transformers_logger = logging.getLogger("transformers")
-    transformers_logger.addHandler(caplog.handler)
-    try:
-        trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows, max_length=4)
-    finally:
-        transformers_logger.removeHandler(caplog.handler)
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows, max_length=4)
     assert len(trainer.train_dataset) == 2
-    assert "train_dataset: 1 of 3 pairs are longer than 4 tokens, and left out" in caplog.text
+    assert "train_dataset: 1 of 3 pairs are longer than 4 tokens, and left out" in messages.text
     with pytest.raises(ValueError, match="test_dataset: 1 of 3 pairs are longer than 4 tokens"):
         trainer.predict(rows)  # whose predictions would be those of other rows
     with pytest.raises(ValueError, match="train_dataset: 3 of 3 pairs are longer than 1 tokens"):
@@ -158,15 +146,6 @@ def test_token_ids_and_other_collators_are_left_alone(model, tokenizer, tmp_path
     assert make_trainer(model, tokenizer, tmp_path, train_dataset=[TEXT], data_collator=list).train_dataset == [TEXT]
 
 
-@pytest.fixture
-def said(caplog):
-    """What transformers' logger and its children say."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 SAME = {"chosen": "add two", "rejected": "add two"}
 IDS = {"chosen_ids": [6, 7, 1], "rejected_ids": [6, 8, 1]}
 
@@ -180,7 +159,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 @pytest.mark.parametrize("kind", ["list", "Dataset", "ids", "IterableDataset", "torch stream"])
-def test_pairs_with_the_same_tokens_on_both_sides_are_left_out_and_said(model, tokenizer, tmp_path, said, kind):
+def test_pairs_with_the_same_tokens_on_both_sides_are_left_out_and_said(model, tokenizer, tmp_path, messages, kind):
     rows = [TEXT, SAME, TEXT]
     if kind == "ids":
         rows = [IDS, IDS | {"rejected_ids": [6, 7, 1]}, IDS]
@@ -193,9 +172,9 @@ def test_pairs_with_the_same_tokens_on_both_sides_are_left_out_and_said(model, t
     assert len(kept) == 2
     assert all(list(row["chosen_ids"]) != list(row["rejected_ids"]) for row in kept)
     if "tream" in kind or "Iterable" in kind:
-        assert "train_dataset, row 2: left out, like all that are identical" in said.text
+        assert "train_dataset, row 2: left out, like all that are identical" in messages.text
         return
-    assert "train_dataset: 1 of 3 pairs are the same tokens on both sides, and left out" in said.text
+    assert "train_dataset: 1 of 3 pairs are the same tokens on both sides, and left out" in messages.text
     assert len(make_trainer(model, tokenizer, tmp_path, train_dataset=rows, keep_identical=True).train_dataset) == 3
 
 
@@ -204,22 +183,22 @@ def test_a_torch_stream_of_raw_rows_trains(model, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("as_dataset", [False, True], ids=["list", "Dataset"])
-def test_token_ids_are_held_to_the_length_too(model, tokenizer, tmp_path, said, as_dataset):
+def test_token_ids_are_held_to_the_length_too(model, tokenizer, tmp_path, messages, as_dataset):
     rows = [IDS, IDS | {"chosen_ids": [6] * 5}]
     rows = datasets.Dataset.from_list(rows) if as_dataset else rows
     trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows, max_length=4)
     assert [row["chosen_ids"] for row in trainer.train_dataset] == [[6, 7, 1]]
-    assert "train_dataset: 1 of 2 pairs are longer than 4 tokens, and left out" in said.text
+    assert "train_dataset: 1 of 2 pairs are longer than 4 tokens, and left out" in messages.text
 
 
-def test_pairs_beyond_the_models_positions_are_left_out(tokenizer, tmp_path, said):
+def test_pairs_beyond_the_models_positions_are_left_out(tokenizer, tmp_path, messages):
     bert = make_model("bert", max_position_embeddings=4)
     trainer = make_trainer(bert, tokenizer, tmp_path, train_dataset=[IDS, IDS | {"chosen_ids": [6] * 5}, IDS])
-    assert "1 of 3 pairs are longer than 4 tokens" in said.text
+    assert "1 of 3 pairs are longer than 4 tokens" in messages.text
     trainer.train()
 
 
-def test_what_looks_wrong_is_said_with_its_row(model, tokenizer, tmp_path, said):
+def test_what_looks_wrong_is_said_with_its_row(model, tokenizer, tmp_path, messages):
     from tokenizers import processors
 
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
@@ -231,8 +210,9 @@ def test_what_looks_wrong_is_said_with_its_row(model, tokenizer, tmp_path, said)
         {"prompt": "add", "chosen": "add six", "rejected": "two"},
     ]
     make_trainer(model, tokenizer, tmp_path, train_dataset=rows)
-    assert "train_dataset, row 2: a text begins with <bos>, and the tokenizer puts another one before it" in said.text
-    assert "train_dataset, row 3: an answer begins with the prompt" in said.text
+    said = messages.text
+    assert "train_dataset, row 2: a text begins with <bos>, and the tokenizer puts another one before it" in said
+    assert "train_dataset, row 3: an answer begins with the prompt" in said
 
 
 def test_a_remark_may_come_late(model, tokenizer, tmp_path, said):

@@ -14,15 +14,13 @@ import reference
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-import datasets
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer
 from trl import RewardTrainer
 
-from normbt_kernels.integrations import checkpoint
-from normbt_kernels.integrations import trl as integration
 from normbt_kernels.integrations.trl import METRICS, NormBTRewardMixin, NormBTRewardTrainer
 from tests.processes import run_ranks
+from tests.tiny_pairs import make_tokenizer
 from tests.tiny_trl import (
     FULL,
     LORA,
@@ -31,22 +29,9 @@ from tests.tiny_trl import (
     losses_of,
     make_dataset,
     make_model,
-    make_tokenizer,
     make_trainer,
     parameters_of,
 )
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    monkeypatch.setenv("CI", "1")  # TRL then reports no usage
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture
-def tokenizer():
-    return make_tokenizer()
-
 
 # --- what TRL's trainer does, ours does ----------------------------------------------------------------------------
 
@@ -250,7 +235,7 @@ def test_checkpoint_loads_without_this_package(tokenizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
 
 
-def test_checkpoint_of_another_loss_starts_mu_anew_and_says_so(tokenizer, tmp_path, warnings):
+def test_checkpoint_of_another_loss_starts_mu_anew_and_says_so(tokenizer, tmp_path, messages):
     arguments = {"save_strategy": "steps", "save_steps": 1}
     for cls, max_steps in ((RewardTrainer, 1), (NormBTRewardTrainer, 2)):
         trainer = make_trainer(
@@ -258,15 +243,7 @@ def test_checkpoint_of_another_loss_starts_mu_anew_and_says_so(tokenizer, tmp_pa
         )
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1") if max_steps == 2 else None)
     assert trainer.pair_loss.num_updates == 1
-    assert "normbt.pt" in warnings[0]
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    received = []
-    for module in (integration, checkpoint):
-        monkeypatch.setattr(module.logger, "warning", received.append)
-    return received
+    assert "normbt.pt" in messages.text
 
 
 # --- the host waits for nothing ------------------------------------------------------------------------------------
@@ -358,7 +335,7 @@ def train_on_two_ranks(output_dir):
 
 @pytest.mark.slow
 def test_two_ranks_log_as_trl_does_and_train_as_one_on_the_joined_batch(tokenizer, tmp_path):
-    run_ranks(2, "tests.test_trl_runs", tmp_path, CI=1)
+    run_ranks(2, "tests.test_trl_runs", tmp_path)
     (theirs, ours), results = torch.load(tmp_path / "two_ranks.pt", weights_only=True)
     for expected, seen in zip(theirs, ours, strict=True):
         shared = {name for name in expected if name.removeprefix("eval_") in METRICS}

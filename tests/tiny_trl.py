@@ -1,6 +1,7 @@
 """TRL's trainers on tiny models and pairs, and eager NormBT in the same trainer to compare them with."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import reference
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
+import datasets
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
@@ -18,16 +20,18 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     ModernBertConfig,
-    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 from trl import RewardConfig, RewardTrainer
 
 from normbt_kernels import apply_normbt
 from tests.step_ema import StepEMA
+from tests.tiny_classifiers import PAD, VOCABULARY
+from tests.tiny_pairs import EOS, make_rows
 
-VOCABULARY = 32
-PAD, EOS, UNKNOWN = 0, 1, 2
+os.environ["CI"] = "1"  # TRL then reports no usage
+datasets.disable_progress_bars()
+
 TINY = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -48,22 +52,6 @@ CONFIGS = {
     "modernbert": ModernBertConfig(**TINY, cls_token_id=None, sep_token_id=None),
 }
 DECODERS = ("llama", "qwen", "gemma")
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' <eos>' }}{% endfor %}"
-
-
-def make_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<eos>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(5, VOCABULARY))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 def make_model(name="llama", dtype=torch.float32):
@@ -72,15 +60,7 @@ def make_model(name="llama", dtype=torch.float32):
 
 
 def make_dataset(num_pairs, seed=0, margin=True):
-    """Tokenised pairs of different lengths, each sequence ending in <eos>."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids():
-        length = int(torch.randint(3, 9, (), generator=generator))
-        return [*torch.randint(5, VOCABULARY, (length,), generator=generator).tolist(), EOS]
-
-    rows = [{"chosen_ids": ids(), "rejected_ids": ids()} for _ in range(num_pairs)]
-    return Dataset.from_list([row | {"margin": 0.1 * i} for i, row in enumerate(rows)] if margin else rows)
+    return Dataset.from_list(make_rows(num_pairs, ["margin"] if margin else [], seed))
 
 
 def make_trainer(cls, model, tokenizer, output_dir, dataset, eval_dataset=None, peft_config=None, options=(), **config):
