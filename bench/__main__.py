@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Imported when asked for: a help page needs no torch, and one benchmark's trouble is none of the others'.
+# Each module is imported only when it is needed: help needs no torch, and a broken benchmark breaks no other.
 SUBCOMMANDS = {
     "speed": "forward and backward time of all contenders, and GB/s beside a plain copy",
     "memory": "peak memory above the inputs",
@@ -24,7 +24,7 @@ SUBCOMMANDS = {
 
 
 def load_parser(name: str) -> argparse.ArgumentParser:
-    """The parser of a sub-command, from its module; `run` is its default.
+    """The parser of a sub-command, made from its module, whose `run` it sets as default.
 
     Raises:
         ModuleNotFoundError: there is no such module here.

@@ -1,10 +1,9 @@
 """Compiles every kernel for a GPU that is not there: python -m bench.ahead_of_time sm_80 sm_90 sm_100 gfx942
 
-The interpreter proves what the kernels compute, not that they compile. This runs the real launchers, with every
-launch turned into a compilation for the given target, and reads from the machine code what the compiler made of
-it: registers, spilled bytes (a figure above 0 costs device memory traffic that no formula counts), shared memory,
-and the width of the loads from global memory: the narrowest by which rows are read, or in a kernel that reads no
-rows the widest.
+The interpreter shows what the kernels compute, but not that they compile. This runs the real launchers, turns every
+launch into a compilation for the given target, and reads four figures from the machine code: registers, spilled bytes
+(each costs device memory traffic that no formula counts), shared memory, and the width of the loads from global memory.
+The width is that of the narrowest load of rows, or of the widest load if a kernel reads no rows.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import normbt_kernels
+from bench.harness import print_table
 from normbt_kernels.ops import backend, pair_loss
 from normbt_kernels.ops.pairs import load_tile
 
@@ -42,7 +42,7 @@ FIGURES = ("registers", "spill_bytes", "shared_bytes", "load_bytes")
 
 
 def entry_points() -> dict[str, Callable[[], object]]:
-    """What to run: every entry point, and every branch that the compiler sees, forward and backward."""
+    """Calls that reach every entry point and every branch that the compiler sees, forward and backward."""
 
     def rows(hidden_size, dtype=torch.bfloat16):
         return torch.randn(2 * NUM_PAIRS, hidden_size, dtype=dtype)
@@ -168,7 +168,7 @@ def describe(binary) -> dict[str, Any]:
         )
         figures = {"registers": vectors, "spill_bytes": scratch}
         loads = _loads(assembly, _AMD_LOAD, lambda words, name: 4 * int(words) if words else _AMD_BYTES[name])
-    # The narrowest load of rows is what counts; of a kernel that reads none, the widest load is all that can be said.
+    # The narrowest load of rows counts; for a kernel that reads no rows, we can only tell the widest load.
     rows = [load.width for load in loads if _reads_rows(load)]
     widths = [load.width for load in loads]
     if not widths:
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("targets", nargs="+", choices=TARGETS)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args()
-    if len(options.targets) > 1:  # one process for each, since a process is given over to its target
+    if len(options.targets) > 1:  # one process for each: the first compilation ties a process to its target
         results = {}
         for target in options.targets:
             command = [sys.executable, "-m", "bench.ahead_of_time", target, "--json"]
@@ -249,10 +249,11 @@ def main() -> None:
         print(json.dumps(results))
         return
     for target, kernels in results.items():
-        print(f"\n{target:72}{'registers':>10}{'spilled':>9}{'shared':>8}{'load':>6}   (bytes)")
-        for name, figures in kernels.items():
-            row = ("-" if figures[key] is None else figures[key] for key in FIGURES)
-            print("{:72}{:>10}{:>9}{:>8}{:>6}".format(name, *row), *filter(None, [figures["null"]]))
+        print(f"\n{target}")
+        print_table(
+            ["bytes", "registers", "spilled", "shared", "load", ""],
+            [[name, *(found[key] for key in FIGURES), found["null"] or ""] for name, found in kernels.items()],
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Every benchmark, one after the other, into one folder: `--quick` is meant for ten minutes on one GPU.
+"""Runs every benchmark, one after the other, into one folder: `--quick` is meant for ten minutes on one GPU.
 
-Each runs in a process of its own, so one that fails, even by an error that leaves the GPU unusable to its process,
-costs no other its figures. The exit status is 1 if any failed, and the last lines say which and how long each took.
+Each runs in its own process, so a failure costs no other benchmark its figures, even if it leaves the GPU unusable to
+that process. The exit status is 1 if any failed; the last lines say which did, and how long each took.
 """
 
 from __future__ import annotations

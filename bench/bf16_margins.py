@@ -5,9 +5,8 @@ and 32. Two answers whose rewards are closer than a step tie, or flip. `linear_n
 hidden states and head, but subtracts the rows before the product and accumulates in fp32. The judge is fp64
 arithmetic on the same bf16 numbers, so only the rounding of the rewards is measured, not that of the model.
 
-The pairs are fine-grained: a random sequence of 128 tokens, and the same with one of them changed. The head of the
-random model is shifted and scaled so that rewards have the given mean and standard deviation, the range that
-trained reward models work in.
+The pairs are fine-grained: a random sequence of 128 tokens, and the same with one token changed. The head of the random
+model is shifted and scaled until the rewards have the given mean and standard deviation, as those of trained models do.
 """
 
 from __future__ import annotations

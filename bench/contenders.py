@@ -1,4 +1,4 @@
-"""Who competes, on what, and the fewest bytes that the work can move.
+"""The contenders, the cases on which they compete, and the fewest bytes that the work can move.
 
     entry    what comes in                                         gradients reach
     reward   rewards (P,) of some model, hidden states (P, H) x 2  the rewards
@@ -9,9 +9,9 @@
              serve in several explicit pairs
 
 The contenders in PyTorch are written as a careful user would write them: views instead of gathers where the layout
-allows, distances without a graph. "eager" and "compiled" take their loss from reference/. Of pooled rows they score
-every token and then index, as transformers' classifiers do. Plain BT reads no distances: it is what NormBT's cost
-is to be held against. mu is known to all of them, as it is in training.
+allows, distances without a graph. "eager" and "compiled" take their loss from reference/. For "pooled" they score every
+token and then index, as transformers' classifiers do. Plain BT reads no distances: the difference from it is the cost
+of NormBT. All of them know mu, as in training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAIRS_OF_PROMPT = torch.combinations(torch.arange(ANSWERS))  # the better answer
 
 
 class Inputs(NamedTuple):
-    """One buffer: what a call reads. Fields that the entry has no use for are None."""
+    """One buffer: the tensors that a call reads. Fields that the entry does not use are None."""
 
     mu: Tensor
     chosen_rewards: Tensor | None = None
@@ -77,7 +77,7 @@ class Case:
 
     @property
     def row_bytes(self) -> int:
-        """Of the rows that pairs are made of, each counted once: with P pairs of two own rows, 2*P*H*s."""
+        """Bytes of the rows in pairs, each counted once: 2*P*H*s if every pair has two rows of its own."""
         return self.num_rows * self.hidden_size * self.dtype.itemsize
 
     @property
@@ -85,14 +85,14 @@ class Case:
         return self.row_bytes * self.sequence_length
 
     def floor_bytes(self) -> dict[str, int]:
-        """Bytes through memory that the work cannot do without: rows read once in forward, and written once, as
-        their gradient, in backward if they want one. What is O(P) or O(H) is not counted."""
+        """The fewest bytes through memory: forward reads each row once, and backward writes its gradient once if it
+        needs one. What is O(P) or O(H) is not counted."""
         backward = self.hidden_bytes if self.entry in ("linear", "pooled", "kwise") else 0
         return {"forward": self.row_bytes, "backward": backward, "both": self.row_bytes + backward}
 
     def make_inputs(self, device: torch.device, copy: bool = True) -> Inputs:
-        """Standard normal rows, whose distances are near mu = sqrt(2H); with `copy`, what a plain copy needs to move
-        as many bytes as the floor of "both"."""
+        """Standard normal rows, whose distances are near mu = sqrt(2H). With `copy`, also the two tensors with which a
+        plain copy moves as many bytes as the floor of "both"."""
         options = {"device": device, "dtype": self.dtype}
         tensors = {"mu": torch.tensor((2 * self.hidden_size) ** 0.5, device=device)}
         if self.entry == "reward":
@@ -165,7 +165,7 @@ class Contender:
     trains: bool = True
 
     def prepare(self, backend: str = "inductor") -> Callable[[Inputs], Tensor]:
-        """The function to time. Sizes are compiled for one by one: the caller resets torch.compile between them."""
+        """The function to time. Each size is compiled by itself: the caller resets torch.compile between sizes."""
         if not self.compiled:
             return self.function
         return torch.compile(self.function, fullgraph=True, dynamic=False, backend=backend)

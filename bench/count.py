@@ -1,18 +1,18 @@
-"""Counts what a step moves through global memory and what it launches, as it is executed and not by formula.
+"""Counts the bytes that a step moves through global memory, and its launches, by executing it and not by formula.
 
     with counting() as count:
         loss = step()
     count.bytes, count.launches
 
-Two instruments, and nothing is counted by both:
+There are two counters, and nothing is counted by both:
 
-- Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1 before import), whose loads and stores are counted
-  element by element where their mask is true. A value that two programs read is two reads, even where a cache
-  would serve the second: that is what makes a needless second read show.
-- PyTorch operators are counted at the dispatcher: the bytes of what an operator reads plus the bytes of what it
-  writes, one launch each. Operators that consist of others (`aten::zeros`, `normbt::pair_loss`) are counted as those
-  others; views and allocations are free. An expanded tensor counts the bytes it has, not those it pretends to have.
-  A value that the host reads (`item`, `bool` and their like) counts as a launch too: it costs more than one.
+- Triton kernels run in Triton's interpreter (set TRITON_INTERPRET=1 before import). Their loads and stores are counted
+  element by element where the mask is true. A value that two programs read counts twice, even if a cache would serve
+  the second read: so a needless second read shows.
+- PyTorch operators are counted at the dispatcher: the bytes that an operator reads plus the bytes that it writes, one
+  launch each. An operator that consists of others (`aten::zeros`, `normbt::pair_loss`) is counted as those; views and
+  allocations are free. An expanded tensor counts the bytes in memory, not those of its shape. A value that the host
+  reads (`item`, `bool`, ...) counts as a launch too: it costs more than one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def counting() -> Iterator[Count]:
 
 @dataclass
 class _Kernel:
-    """A kernel that is being run, and whose memory is whose."""
+    """The kernel that runs, and which of its parameters owns which memory."""
 
     name: str
     starts: list[int]
@@ -193,7 +193,7 @@ class _Operators(TorchDispatchMode):
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
         if has_kernel or func.overloadpacket.__name__ in SCATTERS:
             result = func(*args, **kwargs)
-        else:  # made of other operators: those are counted as it calls them
+        else:  # it consists of other operators, which are counted when it calls them
             with self:
                 result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         if self.count.total_launches == launched:
@@ -217,7 +217,7 @@ class _Operators(TorchDispatchMode):
             values = arguments[-1][0]
             read, written = [tensor for tensor, _ in arguments[1:]], [values]
             if "_add_" in name or any(value is True for value in (*args, *kwargs.values())):  # accumulate=True
-                read.append(values)  # what they are added to
+                read.append(values)  # the values to which it adds
         else:
             overwrites = name in OVERWRITES or func._schema.name.endswith("_out") or "out" in kwargs
             read = [tensor for tensor, is_changed in arguments if not (is_changed and overwrites)]
@@ -228,7 +228,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _arguments(func, args: tuple, kwargs: dict) -> Iterator[tuple[Tensor, bool]]:
-    """The tensors that an operator is given, and whether it changes them."""
+    """The tensors that an operator takes, and whether it changes them."""
     for index, argument in enumerate(func._schema.arguments):
         value = args[index] if index < len(args) else kwargs.get(argument.name)
         changes = argument.alias_info is not None and argument.alias_info.is_write
@@ -241,7 +241,7 @@ def _leaves(values: Iterable[Any]) -> list[Tensor]:
 
 
 def touched_bytes(tensor: Tensor) -> int:
-    """The bytes of a tensor's own elements: those that it repeats with stride 0 count once."""
+    """The bytes of a tensor in memory: elements that stride 0 repeats count once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride != 0 else min(size, 1)

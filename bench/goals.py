@@ -1,9 +1,9 @@
-"""What was to be reached, beside what was measured: python -m bench.goals DIR
+"""Compares each goal with what was measured: python -m bench.goals DIR
 
 Reads every speed.json, memory.json, train-step.json and graph-step.json under DIR (bench/gpu_check.sh puts them there),
-prints one row for each goal, and writes them to DIR/goals.json. A ratio is of contenders of one file, which took turns
-in one run, and a share is of the copy of that very case. Where there is no figure, or only one of a CPU, the row says
-"not measured". Times are medians: on the device's clock for large sizes, on the wall's for small ones.
+prints one row for each goal, and writes them to DIR/goals.json. A ratio compares contenders of one file, which took
+turns in one run; a share compares with the copy of the same case. If there is no figure, or only one of a CPU, the row
+says "not measured". Times are medians: by the device's clock for large sizes, by the wall's for small ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMALL_PAIRS, SMALL_HIDDEN = (8, 256), (2048, 8192)  # from, to
 
 
 class Found(NamedTuple):
-    """A measured figure, and what it is of where the row does not say."""
+    """A measured figure, and a note about it."""
 
     value: float
     note: str = ""
@@ -204,7 +204,7 @@ GOALS = (
 def table(results: Results) -> list[dict[str, Any]]:
     rows, what = [], ""
     for goal in GOALS:
-        what = goal.what or what  # an empty one is of the same size as the one before
+        what = goal.what or what  # an empty text means the same size as in the row above
         found = goal.measured(results)
         rows.append({
             "what": what,

@@ -1,8 +1,8 @@
-"""A whole step of ours in one CUDA graph, beside a graph of two kernels that do nothing: python -m bench.graph_step
+"""Times one of our steps in a CUDA graph beside a graph of two kernels that do nothing: python -m bench.graph_step
 
-With few pairs a step is nothing but launches, and the least that a graph of two launches takes is what an empty one
-takes. Both are replayed many times in a row, by turns, and the host's clock runs until the device is done. The step is
-forward and backward of the linear form on one buffer, as a graph has it. Needs a CUDA device.
+With few pairs a step consists of launches, and no graph of two launches is faster than one of two empty kernels. Both
+graphs take turns, each replayed many times in a row, and the host's clock runs until the device is done. The step is
+forward and backward of the linear form on one buffer. Needs a CUDA device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the device and versions that a figure belongs to, tables, and files written whole."""
+"""Shared by the benchmarks: the device and versions to which a figure belongs, tables, and files written whole."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ import torch
 
 import normbt_kernels
 from normbt_kernels.files import write_whole
+from normbt_kernels.results import aligned
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPU_NOTE = "measured on a CPU: these figures say nothing about a GPU"
-ASSUMED_CACHE_BYTES = 64 * 2**20  # where neither the device nor the system says
+ASSUMED_CACHE_BYTES = 64 * 2**20  # if neither the device nor the system tells
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def default_device() -> torch.device:
 
 
 class Report:
-    """One run of a sub-command: where its results go, and what they belong to."""
+    """One run of a sub-command: the folder for its results, and the environment to which they belong."""
 
     def __init__(self, name: str, options: argparse.Namespace):
         self.name = name
@@ -99,7 +100,7 @@ def _relative(path: Path) -> Path:
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """What a result depends on of the device. `cache_bytes` is the last cache before memory."""
+    """The facts about the device on which a result depends. `cache_bytes` is the last cache before memory."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts = {
@@ -165,11 +166,8 @@ def _commit() -> str | None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """The first column to the left, the others to the right; None, what was not measured, as a dash."""
-    table = [list(header), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    for row in table:
-        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+    """Prints `rows` in aligned columns. None, which was not measured, is a dash."""
+    print(*aligned([header, *([_cell(value) for value in row] for row in rows)]), sep="\n")
 
 
 def _cell(value: Any) -> str:

@@ -1,12 +1,12 @@
-"""The loss in the format of the Hugging Face `kernels` package: `get_kernel` then gives NormBT without an installation.
+"""Writes the loss in the format of the Hugging Face `kernels` package: `get_kernel` then needs no installation.
 
     python -m bench.hub_kernel FOLDER
 
     FOLDER/build/torch-<backend>/    the functional forms, the modules, and `layers`, which `kernels` puts into models
     FOLDER/build/torch-<backend>/metadata.json
 
-A build is the package's own files with relative imports. Its operators have a namespace of their own, named after the
-backend and the files' content, so that builds, and an installed package beside them, live in one process.
+A build holds the package's own files with relative imports. Its operators have their own namespace, named after the
+backend and the content of the files, so that several builds and an installed package can live in one process.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """How much memory forward and backward need beyond their inputs, per contender.
 
-The peak is taken above what is allocated before the call, so inputs do not count; "beyond gradients" takes off the
-gradients that the call hands over, which every contender must allocate. On a GPU it comes from PyTorch's allocator
-statistics (torch.cuda.max_memory_allocated); on a CPU from the allocations and frees that torch.profiler records
-(profile_memory), which see all of PyTorch's allocations, compiled code's included, but not what BLAS libraries take
-for themselves.
+The peak counts from what is allocated before the call, so inputs do not count. "Beyond gradients" leaves out the
+gradients that the call returns, which every contender must allocate. On a GPU the figure comes from PyTorch's allocator
+(torch.cuda.max_memory_allocated). On a CPU it comes from the allocations and frees that torch.profiler records
+(profile_memory): all of PyTorch's, also in compiled code, but not those of BLAS libraries.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def measure(case: Case, name: str, device: torch.device) -> dict[str, Any]:
         step(function, inputs)  # compiles, and allocates what is allocated once
         gc.collect()
         peak, gradients = (peak_on_gpu if device.type == "cuda" else peak_on_cpu)(lambda: step(function, inputs))
-    except Exception as error:  # any: one contender's failure must not cost the others their figures
+    except Exception as error:  # whatever fails in one contender, the others keep their figures
         return row | {"error": error_text(error)}
     gradient_bytes = sum(gradient.nbytes for gradient in gradients)
     return row | {

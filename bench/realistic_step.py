@@ -1,19 +1,19 @@
 """A whole training step at the lengths of real preference pairs, real trainers side by side: `train-step --realistic`.
 
-    trl            TRL's RewardTrainer with plain BT: what one would take without this package
-    trl-grouped    the same, its batches filled with pairs of similar length
+    trl            TRL's RewardTrainer with plain BT: the choice without this package
+    trl-grouped    the same, with batches of pairs of similar length
     padded         NormBTTrainer
     late           NormBTTrainer(late_pooling=True)
     padding-free   NormBTTrainer(padding_free=True)
     both           NormBTTrainer(late_pooling=True, padding_free=True)
 
-All train a Llama of the same weights on the same pairs, random tokens, by turns, batch by batch, in a new order each
-time. Lengths are log-normal: the median and the deviation of the logarithm are options, chosen and rejected share half
-of the variance (they answer one prompt), and lengths are cut to 4 and 16 times the median; `--log-deviation 0` makes
-them equal. Or they are those of a file of pairs. A step is training_step of the trainer (forward, loss, backward) and
-AdamW; collating, which workers do, is not timed. A contender's figure is the sum over all batches over TRL's, its
-interval a bootstrap over batches. Peak memory is what the step with the most tokens holds above what it leaves: the
-activations and what is made of them.
+All train a Llama with the same weights on the same pairs of random tokens. They take turns batch by batch, in a new
+order each time. Lengths are log-normal: the median and the deviation of the logarithm are options, chosen and rejected
+share half of the variance (they answer one prompt), and lengths are cut to 4 tokens and to 16 times the median.
+`--log-deviation 0` makes them equal. They may also come from a file of pairs. A step is the trainer's training_step
+(forward, loss, backward) and AdamW; collating, which workers do, is not timed. The figure of a contender is its time
+over all batches over that of TRL, with a bootstrap interval over batches. Peak memory is what the step with the most
+tokens holds above what it leaves: the activations and what is made from them.
 """
 
 from __future__ import annotations

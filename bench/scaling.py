@@ -1,8 +1,8 @@
 """How time grows with the number of pairs P and with the hidden size H: the exponents, over four decades.
 
-Time of forward + backward (the device's clock on a GPU, the wall's on a CPU) on a log-log scale. At small sizes
-launches and Python take all the time and the slope is near 0, so two slopes are given: of all sizes, and of the
-largest ones (the last decade), where the work itself shows. 1 is linear: each pair, and each column, costs the same.
+It fits the time of forward + backward (by the device's clock on a GPU, by the wall's on a CPU) on a log-log scale. At
+small sizes launches and Python take all the time and the slope is near 0, so there are two slopes: of all sizes, and of
+the last decade, where the work takes the time. 1 is linear: each pair, and each column, costs the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.contenders import CONTENDERS, ENTRIES, Case
 from bench.harness import DTYPES, Report, print_table
 from bench.speed import measure_case
 
-# Sizes of what varies, and the other one while it does. Powers of 8 from the first to the last, and both ends.
+# For each size that varies: its first and last value, and the value of the other size meanwhile.
 SWEEPS = {
     ("cuda", False): {"num_pairs": (32, 524288, 1024), "hidden_size": (16, 262144, 512)},
     ("cuda", True): {"num_pairs": (32, 524288, 1024), "hidden_size": (16, 262144, 512)},

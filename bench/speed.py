@@ -1,10 +1,9 @@
 """How fast each contender is, forward and backward, beside a plain copy of as many bytes as the work must move.
 
-Every size of every entry is one case; a case's contenders take turns on the same inputs (bench/timing.py says how, and
-what the two clocks are; bench/contenders.py who competes). GB/s count the floor's bytes, whatever a contender really
-moves, so the copy that moves just these is the ceiling, and a contender's share of it is how much of the memory's
-speed turned into work done. Without lists of sizes a default grid is measured: one of P, one of H and one of dtypes;
-with a list, the product of what is given.
+Every size of every entry is one case. The contenders of a case take turns on the same inputs: bench/timing.py explains
+the turns and the two clocks, bench/contenders.py the contenders. GB/s count the floor's bytes, whatever a contender
+really moves. So the copy, which moves exactly these, is the ceiling, and the share of it tells how well a contender
+uses the memory. By default P, H and the dtype vary one at a time; with lists of sizes, their product is measured.
 """
 
 from __future__ import annotations
@@ -97,8 +96,8 @@ def measure_case(
     seconds: float,
     backend: str = "inductor",
 ) -> list[dict[str, Any]]:
-    """One row of the results per contender; every figure that was not measured is None, and `error` or `skipped`
-    says why."""
+    """One row of the results per contender. A figure that was not measured is None, and `error` or `skipped` says
+    why."""
     shape = {
         "entry": case.entry,
         "num_pairs": case.num_pairs,
@@ -110,7 +109,7 @@ def measure_case(
     nothing = {"loss": None, "wall": None, "device": None, "gb_per_s": None, "share_of_copy": None, "clock": None}
     rows = {name: {**shape, "contender": name, **nothing, "error": None, "skipped": None} for name in contenders}
 
-    # 1. does it fit: every buffer with its gradient and its copy; the work of one call, and all this again for graphs
+    # 1. does it fit? Every buffer with its gradient and its copy, the work of one call, and all this again for graphs
     per_buffer = case.hidden_bytes + case.floor_bytes()["both"]
     work = 2 * case.floor_bytes()["backward"] + 4 * case.row_bytes
     free = free_bytes(device) - work
@@ -124,10 +123,10 @@ def measure_case(
     torch.manual_seed(0)
     buffers = [case.make_inputs(device) for _ in range(count)]
 
-    # 2. what to time, and the loss that each contender computes: a look at it shows that they agree
+    # 2. the functions to time, and the loss that each contender computes, which shows that they agree
     walls, devices = prepare(rows, buffers, device, backend)
 
-    # 3. time it, all in the same rounds
+    # 3. time all in the same rounds
     samplers = {f"wall {n}": s for n, s in walls.items()} | {f"device {n}": s for n, s in devices.items()}
     figures, errors = take_turns(samplers, seconds)
     for name, row in rows.items():
@@ -145,7 +144,7 @@ def measure_case(
 def prepare(rows: dict[str, dict], buffers: list[Inputs], device: torch.device, backend: str) -> tuple[dict, dict]:
     """The samplers of both clocks by contender. A failure is noted in its row."""
     walls, devices = {}, {}
-    torch.compiler.reset()  # each size is compiled for by itself, and none is turned away for being the ninth
+    torch.compiler.reset()  # each size is compiled by itself: torch.compile gives up after eight
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for name, row in rows.items():
         contender = CONTENDERS[name]
@@ -159,11 +158,11 @@ def prepare(rows: dict[str, dict], buffers: list[Inputs], device: torch.device, 
                 row["loss"] = result.item()
             if contender.graphed:
                 walls[name] = GraphCalls(function, buffers, pool)
-                continue  # on the device it is the kernels of "ours", measured there
+                continue  # on the device these are the kernels of "ours", which is measured there
             walls[name] = Calls(function, buffers, contender.trains)
             if device.type == "cuda":
                 devices[name] = Replays(function, buffers, pool, contender.trains)
-        except Exception as error:  # any: one contender's failure must not cost the others their figures
+        except Exception as error:  # whatever fails in one contender, the others keep their figures
             row["error"] = error_text(error)
     return walls, devices
 
@@ -184,7 +183,7 @@ def derive(rows: dict[str, dict[str, Any]]) -> None:
         row["clock"] = next((clock for clock in ("device", "wall") if row[clock]), None)
         if row["clock"] is None or (row["clock"] == "wall" and CONTENDERS[name].graphed):
             continue
-        if row["entry"] == "reward" and name.startswith("bt-"):  # which reads no rows: its bytes are not the floor's
+        if row["entry"] == "reward" and name.startswith("bt-"):  # it reads no rows, so the floor is not its own
             continue
         row["gb_per_s"] = {
             phase: row["floor_bytes"]["both" if name == "copy" else phase] / figures["median_us"] / 1e3 or None

@@ -1,18 +1,17 @@
 """Two clocks, and contenders that take turns.
 
-wall     the host's clock around Python calls, with the device waited for only at the end of a batch of calls:
-         what a training loop sees, launches included.
-device   CUDA events around a replay of a CUDA graph that holds the same batch of calls: what the device needs when
-         nothing keeps it waiting. The replay before it, untimed, lets the host run ahead. On a CPU there is none.
+wall     the host's clock around Python calls; it waits for the device only at the end of a batch of calls. This is the
+         time that a training loop sees, launches included.
+device   CUDA events around the replay of a CUDA graph with the same batch of calls. This is the time that the device
+         needs if nothing makes it wait. An untimed replay before it lets the host run ahead. A CPU has no such clock.
 
-A round is one batch of forward calls, one for each of the rotating buffers, then the backward of each; so both are
-timed by themselves, on every clock, and "both" is their sum. The buffers together exceed the last cache (or as far
-as MAX_BUFFERS goes), so a call finds nothing of its own in it, and all gradients of a round are alive at its end,
-so that writes rotate as well.
+A round is one batch of forward calls, one for each of the rotating buffers, then the backward of each. So each clock
+times them separately, and "both" is their sum. The buffers together exceed the last cache (if MAX_BUFFERS allows it),
+so a call finds none of its inputs there. All gradients of a round are alive at its end, so that writes rotate as well.
 
-Contenders take turns round by round and a different one begins each round: a device that slows down slows them all.
-`torch.utils.benchmark` and `triton.testing.do_bench` measure one contender after the other on one buffer, and time
-launch gaps as device time, which is why they are not used.
+Contenders take turns round by round, and a different one begins each round: a device that slows down slows them all.
+We do not use `torch.utils.benchmark` and `triton.testing.do_bench`: they measure one contender after the other on one
+buffer, and count the gaps between launches as device time.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def per_call(times: Sequence[float], calls: int) -> Seconds:
-    """From the times at which a round, its backward half, and nothing more began."""
+    """Seconds of one call, from the times at which a round began, its backward half began, and the round ended."""
     start, middle, end = times
     forward, backward = (middle - start) / calls, (end - middle) / calls
     return {"forward": forward, "backward": backward, "both": forward + backward}
@@ -56,7 +55,7 @@ def run_forward(function: Function, buffers: Sequence[Inputs]) -> list[Tensor]:
 
 
 def run_backward(losses: Sequence[Tensor], buffers: Sequence[Inputs]) -> list[tuple[Tensor, ...]]:
-    """Fresh gradients each time: nothing is accumulated from call to call, nothing zeroed."""
+    """Gradients are new tensors each time: nothing is accumulated or zeroed."""
     return [torch.autograd.grad(loss, inputs.leaves()) for loss, inputs in zip(losses, buffers, strict=True)]
 
 
@@ -84,7 +83,7 @@ class Calls:
 def capture(function: Function, batches: Sequence[Sequence[Inputs]], pool: tuple, trains: bool) -> list[list]:
     """[forward graphs, backward graphs], one of each per batch of buffers, to be replayed in this order.
 
-    Results are not kept: what follows in the same pool reuses their memory, so several contenders fit the device.
+    Results are not kept: later graphs in the same pool reuse their memory, so several contenders fit on the device.
     """
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):  # lazy set-up must not fall into the capture
@@ -97,7 +96,7 @@ def capture(function: Function, batches: Sequence[Sequence[Inputs]], pool: tuple
     forward = [torch.cuda.CUDAGraph() for _ in batches]
     backward = [torch.cuda.CUDAGraph() for _ in batches] if trains else []
     losses, gradients = [], []
-    with torch.cuda.stream(torch.cuda.current_stream()):  # which a capture that fails would not restore
+    with torch.cuda.stream(torch.cuda.current_stream()):  # restores the stream if a capture fails
         for graph, buffers in zip(forward, batches, strict=True):
             with torch.cuda.graph(graph, pool=pool):
                 losses.append(run_forward(function, buffers))
@@ -147,14 +146,14 @@ class GraphCalls:
 
 
 def number_of_buffers(buffer_bytes: int, cache_bytes: int, free_bytes: int) -> int:
-    """Enough to exceed the cache twice; four of them as long as they are small, so that a batch hides its end."""
+    """Enough to fill twice the cache; at least four small ones, so that waiting at the end of a batch is cheap."""
     enough = -(-2 * cache_bytes // buffer_bytes)
     at_least = 4 if buffer_bytes < 256 * 2**20 else 1
     return max(1, min(max(enough, at_least), MAX_BUFFERS, free_bytes // buffer_bytes))
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had: of a GPU what no process holds, of a host what the system calls available."""
+    """Free memory: on a GPU what no process holds, on a host what the system calls available."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -184,7 +183,7 @@ def take_turns(
     def sample(name: str) -> Seconds | None:
         try:
             return samplers[name]()
-        except Exception as error:  # any: one contender's failure must not cost the others their figures
+        except Exception as error:  # whatever fails in one contender, the others keep their figures
             errors[name] = error_text(error)
             del samplers[name]
             return None

@@ -1,11 +1,11 @@
 """What NormBT costs in a whole training step of a reward model: per cent over plain BT, with a confidence interval.
 
-A step is what a trainer does: forward of a Hugging Face Llama with a scalar head (built here from a configuration,
-random weights, nothing downloaded), the loss, backward, AdamW, gradients dropped. The contenders step the same model
-by turns, each round in another order, and the host's clock runs from the call of one step until the device is done.
-The overhead is the median over rounds of (a contender's step - plain BT's step of the same round), in per cent of
-the median step of plain BT; its 95% interval is a bootstrap over rounds. "plain BT again" is a second plain BT in
-the same rounds: its interval must hold 0, and shows how small a difference this run can tell from none.
+A step does what a trainer does: forward of a Hugging Face Llama with a scalar head (built from a configuration, with
+random weights), the loss, backward, AdamW, and gradients dropped. The contenders take turns on the same model, each
+round in another order. The host's clock runs from the call of a step until the device is done. The overhead is the
+median over rounds of (a contender's step - plain BT's step of the same round), in per cent of the median step of plain
+BT; its 95% interval is a bootstrap over rounds. "plain BT again" is a second plain BT in the same rounds. Its interval
+must contain 0, and shows how small a difference this run can detect.
 
     bt       logits of the model, -log sigmoid(r_c - r_r)
     eager    the same rewards, weighed in PyTorch with a running mean distance

@@ -2,11 +2,11 @@
 
     python -m bench.training_parity --out DIR [--steps N]
 
-Three runs from the same start over the same batches: NormBT in PyTorch (reference/) in fp32, which is the truth, the
-same in bf16 (autocast), and ours in bf16. bf16 takes both away from the truth; ours may be at most twice as far from it
-as the reference in bf16 is, plus one bf16 step, in the losses of all steps and in what all parameters moved. The model
-is a Llama built from a configuration, trained by plain SGD: rounding does not grow there as it does under Adam.
-The exit status is 1 where ours is further away.
+It makes three runs from the same start over the same batches: NormBT in PyTorch (reference/) in fp32, which is the
+truth, the same in bf16 (autocast), and ours in bf16. In the losses of all steps and in how far all parameters moved,
+ours may be at most twice as far from the truth as the reference in bf16, plus one bf16 step. Otherwise the exit status
+is 1. The model is a Llama built from a configuration and trained by plain SGD, under which rounding errors do not grow
+as under Adam.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Which constants of normbt_kernels/ops/launch.py this device would like: measured offline, written nowhere else.
+"""Measures which constants of normbt_kernels/ops/launch.py suit this device best, and proposes them to a person.
 
-Every setting of the constants makes a launch shape for each size; each different shape is timed, forward and backward,
-in rounds of all shapes by turns. A setting's cost is the geometric mean, over the sizes, of its time over the best
-time of that size. The table shows today's shapes beside the best ones; the last lines, the setting to propose. Nothing
-is tuned at run time: launch shapes stay pure functions of the sizes, so the same inputs give the same bits.
+Every setting of the constants gives a launch shape for each size. Each different shape is timed, forward and backward,
+and all take turns. The cost of a setting is the geometric mean, over the sizes, of its time over the best time of that
+size. The table shows today's shapes beside the best ones, and the last lines propose a setting. Nothing is tuned at run
+time: launch shapes stay pure functions of the sizes, so the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def time_shapes(
     case: Case, phase: str, device: torch.device, cache_bytes: int, seconds: float
 ) -> dict[LaunchShape, float]:
     """Median seconds of one call with each shape that some setting makes."""
-    count = 1  # in the interpreter, whose times mean nothing
+    count = 1  # enough for the interpreter, whose times mean nothing
     if device.type == "cuda":
         count = number_of_buffers(2 * case.hidden_bytes, cache_bytes, free_bytes(device) // 2)
     torch.manual_seed(0)
@@ -138,10 +138,10 @@ def compare(phase: str, cases: list[Case], times: dict[str, dict], device: torch
 
 
 def propose(phase: str, cases: list[Case], times: dict[str, dict], device: torch.device) -> dict[str, Any]:
-    """The setting of least cost: today's, unless another is better."""
+    """The setting with the least cost; today's if none is better."""
 
     def cost(setting: Setting) -> float:
-        """Infinite if one of its shapes failed."""
+        """The cost of a setting, infinite if one of its shapes failed."""
         logarithms = []
         for case in cases:
             of_case = times[str(case)]

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on beside model, data and settings."""
+    """What a result depends on besides model, data and settings."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""The one error that a user can put right."""
+"""The one error for mistakes that a user can put right."""
 
 
 class UserError(ValueError):

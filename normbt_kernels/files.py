@@ -1,4 +1,4 @@
-"""Files written whole or not at all, over nothing that exists; and what an error has to do with the disk."""
+"""Files are written whole or not at all, and never over results. Also: what an error says about the disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError if `folder` is there and is none, or if it, or the one to make it in, cannot be written to."""
+    """Raises UserError if `folder` is a file, or if it (or the folder in which to make it) cannot be written."""
     there = folder.absolute()
     while not there.exists():
         there = there.parent
@@ -47,14 +47,14 @@ def check_folder(folder: Path) -> None:
 
 
 def check_new_file(path: Path, option: str) -> None:
-    """Raises UserError if `path`, which `option` named, exists, or its folder is none that can be written to."""
+    """Raises UserError if `path`, which the user gave as `option`, exists or cannot be written."""
     if path.exists():
         raise UserError(f"{option} {path} exists, and nothing is overwritten: choose another {option}")
     check_folder(path.parent)
 
 
 def free_path(first: Path) -> Path:
-    """`first`, or with -2, -3, ... before its suffix the first one that is free."""
+    """`first` if it does not exist, else the first free name with -2, -3, ... before the suffix."""
     path, number = first, 2
     while path.exists():
         path, number = first.with_name(f"{first.stem}-{number}{first.suffix}"), number + 1
@@ -67,9 +67,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
-    """What an exception, or one that it comes from, says about a file that could not be written; None if nothing.
+    """What an exception or one of its causes says about a file that could not be written; None if it says nothing.
 
-    The libraries that write models turn the system's error into text of their own.
+    The libraries that write models replace the system's error with a text of their own.
     """
     while error is not None:
         text = str(error)

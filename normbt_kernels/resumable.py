@@ -1,4 +1,4 @@
-"""Results kept as they come, so that a stopped run is continued."""
+"""Keeps each result as soon as it is known, so that a stopped run can be continued."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def map_resumable(
 ) -> list[Any]:
     """`[work(chunk) for chunk in chunks]` with a progress bar; a chunk holds numbers of pairs, a result is JSON.
 
-    Each result is written to `path` when it is there. A file that an earlier call left there is continued if its
-    fingerprint `name` is the same, and begun anew if it is another. With `path` None nothing is kept and `name` is not
-    needed.
+    Each result is appended to the file `path`. If an earlier call with the same fingerprint `name` left results there,
+    only the others are computed; results of another fingerprint are dropped. With `path` None nothing is kept and
+    `name` is not needed.
     """
     with tqdm(total=sum(map(len, chunks)), desc=description, unit=" pairs", leave=False) as bar:
         if path is None:
@@ -51,7 +51,7 @@ def _step(work: Callable[[Sequence[int]], Any], chunk: Sequence[int], bar: tqdm)
 
 
 def _begin(file: Any, header: bytes) -> list[Any]:
-    """What the open `file` holds of this work; a line that was cut off, or other work, is taken out of it."""
+    """The results of this work in the open `file`. Removes a line that was cut off, and results of other work."""
     file.seek(0)
     lines = [line for line in file if line.endswith(b"\n")]
     if lines[:1] != [header]:
@@ -63,8 +63,7 @@ def _begin(file: Any, header: bytes) -> list[Any]:
 
 
 def fingerprint(model: nn.Module, rows: Sequence[dict[str, Any]], *settings: Any) -> str:
-    """Names the work by what it depends on: configuration, weights, buffers, pairs and settings, whatever the files
-    are called."""
+    """Names the work by what it depends on: configuration, weights, buffers, pairs and settings, but no file names."""
     parts = (settings, model_fingerprint(model), rows_fingerprint(rows), torch.__version__)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from transformers import LlamaForCausalLM
 from normbt_kernels import linear_normbt_loss
 from normbt_kernels.commands import cli
 from normbt_kernels.commands import diagnose as command
-from normbt_kernels.data import demo
+from normbt_kernels.data import generated
 from normbt_kernels.data.built_in import GENERATED
 from normbt_kernels.data.tokens import LeftOut, prepare, tokenize
 from normbt_kernels.diagnostics import diagnose, measure
@@ -165,10 +166,10 @@ def test_the_sample_is_spread_over_the_distances():
 
 
 def test_text_and_token_ids_give_the_same():
-    tokenizer = demo.demo_tokenizer()
+    tokenizer = generated.make_tokenizer()
     torch.manual_seed(0)
-    model = demo.demo_model(tokenizer)
-    pairs = demo.demo_pairs(24, seed="any")
+    model = generated.make_model(tokenizer)
+    pairs = generated.make_pairs(24, seed="any")
     texts = [{"chosen": pair.chosen, "rejected": pair.rejected, "subset": pair.category} for pair in pairs]
     ids = tokenize(pairs, tokenizer)
     first, second = (diagnose(model, tokenizer, rows, num_gradients=6) for rows in (texts, ids))
@@ -290,7 +291,7 @@ def test_the_built_in_model_is_trained_with_plain_bt(monkeypatch):
 
     monkeypatch.setattr(command, "LinearBTLoss", Watched)
     monkeypatch.setattr(command, "FEW_STEPS", 2)
-    command._half_trained(GENERATED, demo.demo_tokenizer(), "cpu")
+    command._half_trained(GENERATED, generated.make_tokenizer(), "cpu")
     assert len(calls) == 2
     for rewards, loss in calls:
         chosen, rejected = rewards.chunk(2)
@@ -300,15 +301,15 @@ def test_the_built_in_model_is_trained_with_plain_bt(monkeypatch):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = demo.demo_tokenizer()
+    tokenizer = generated.make_tokenizer()
     torch.manual_seed(0)
-    demo.demo_model(tokenizer).save_pretrained(folder)
+    generated.make_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def write_pairs(path, num_pairs=40):
-    pairs = demo.demo_pairs(num_pairs, seed="any")
+    pairs = generated.make_pairs(num_pairs, seed="any")
     rows = [{"chosen": pair.chosen, "rejected": pair.rejected, "subset": pair.category} for pair in pairs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -325,8 +326,8 @@ def test_a_checkpoint_and_a_file(tmp_path, checkpoint, capsys):
     assert left_out in capsys.readouterr().out
     assert (tmp_path / "mine.png").exists()
 
-    tokenizer, model = demo.demo_tokenizer(), make_demo_model()
-    rows = prepare(demo.demo_pairs(40, seed="any"), tokenizer, LeftOut(14)).rows
+    tokenizer, model = generated.make_tokenizer(), make_built_in_model()
+    rows = prepare(generated.make_pairs(40, seed="any"), tokenizer, LeftOut(14)).rows
     expected = diagnose(model, tokenizer, rows, num_gradients=12)
     sample, expected = report["sample"], expected.summary()["sample"]
     assert {name: sample[name] for name in sample if name != "pair"} == {
@@ -342,14 +343,14 @@ def test_a_checkpoint_and_a_file(tmp_path, checkpoint, capsys):
     assert max(lengths) <= 14
 
 
-def make_demo_model():
+def make_built_in_model():
     torch.manual_seed(0)
-    return demo.demo_model(demo.demo_tokenizer())
+    return generated.make_model(generated.make_tokenizer())
 
 
 def test_a_causal_lm_is_diagnosed_with_a_new_head(tmp_path, capsys):
-    tokenizer = demo.demo_tokenizer()
-    LlamaForCausalLM(make_demo_model().config).save_pretrained(tmp_path / "lm")
+    tokenizer = generated.make_tokenizer()
+    LlamaForCausalLM(make_built_in_model().config).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     assert run_cli("--model", tmp_path / "lm", "--num-gradients", 4, "--out", tmp_path / "lm.json") == 0
     assert "its reward head is new" in capsys.readouterr().out
@@ -411,10 +412,11 @@ def test_mistakes_are_said_in_one_line_before_any_work(tmp_path, checkpoint, mon
 
 
 def test_without_matplotlib_there_is_no_figure(tmp_path, checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(command, "can_draw", lambda: print("no figure") or False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     data = write_pairs(tmp_path / "pairs.jsonl", 12)
     assert run_cli("--model", checkpoint, "--dataset", data, "--out", tmp_path / "out.json") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "pairs.jsonl"]
+    assert "no figure: it needs matplotlib" in capsys.readouterr().out
 
 
 def test_help_names_every_option(capsys):

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from normbt_kernels.commands import cli, evaluate
-from normbt_kernels.data import demo
+from normbt_kernels.data import generated
 from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.tokens import num_tokens, tokenize
 from normbt_kernels.evaluation import SECTIONS, accuracy, score_pairs, section_means
@@ -236,22 +236,22 @@ def test_long_pairs_are_left_out_and_counted(tmp_path, checkpoint, capsys):
 
 
 @pytest.fixture(scope="module")
-def demo_checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    tokenizer = demo.demo_tokenizer()
+def built_in_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built-in")
+    tokenizer = generated.make_tokenizer()
     torch.manual_seed(0)
-    demo.demo_model(tokenizer).save_pretrained(folder)
+    generated.make_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_a_checkpoint_of_the_built_in_default_needs_no_data(tmp_path, demo_checkpoint):
-    assert run_cli(demo_checkpoint, "--batch-size", 100, "--out", tmp_path / "out.json") == 0
+def test_a_checkpoint_of_the_built_in_default_needs_no_data(tmp_path, built_in_checkpoint):
+    assert run_cli(built_in_checkpoint, "--batch-size", 100, "--out", tmp_path / "out.json") == 0
     report = json.loads((tmp_path / "out.json").read_text())
-    model = AutoModelForSequenceClassification.from_pretrained(demo_checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
+    model = AutoModelForSequenceClassification.from_pretrained(built_in_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(built_in_checkpoint)
     for kind in ("fine: one wrong token", "coarse: noisy style"):
-        pairs = [pair for pair in demo.demo_pairs(2000, seed="held-out") if pair.category == kind]
+        pairs = [pair for pair in generated.make_pairs(2000, seed="held-out") if pair.category == kind]
         chosen, rejected = score_pairs(model, tokenizer, tokenize(pairs, tokenizer), batch_size=250)
         assert report["subsets"][kind]["num_pairs"] == 1000
         assert report["subsets"][kind]["accuracy"] == pytest.approx((chosen > rejected).mean(), abs=0.002)
@@ -260,10 +260,10 @@ def test_a_checkpoint_of_the_built_in_default_needs_no_data(tmp_path, demo_check
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
 @pytest.mark.slow
-def test_a_killed_run_leaves_nothing_half_written_and_is_continued(tmp_path, demo_checkpoint, monkeypatch):
-    pairs = demo.demo_pairs(600, seed="any")
+def test_a_killed_run_leaves_nothing_half_written_and_is_continued(tmp_path, built_in_checkpoint, monkeypatch):
+    pairs = generated.make_pairs(600, seed="any")
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": p.chosen, "rejected": p.rejected} for p in pairs])
-    arguments = (demo_checkpoint, "--dataset", data, "--batch-size", 1, "--out", "out.json")
+    arguments = (built_in_checkpoint, "--dataset", data, "--batch-size", 1, "--out", "out.json")
     partial = tmp_path / ".out.json.partial"
     command = start_cli(*arguments, cwd=tmp_path)
     command.wait_until(lambda: partial.exists() and partial.read_bytes().count(b"\n") >= 20)
@@ -281,8 +281,8 @@ def test_a_killed_run_leaves_nothing_half_written_and_is_continued(tmp_path, dem
     assert run_cli(*arguments) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "pairs.jsonl"]
 
-    model = AutoModelForSequenceClassification.from_pretrained(demo_checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
+    model = AutoModelForSequenceClassification.from_pretrained(built_in_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(built_in_checkpoint)
     rows = tokenize(pairs, tokenizer)
     chosen, rejected = score_pairs(model, tokenizer, rows, batch_size=1)
     right = chosen > rejected
@@ -296,7 +296,7 @@ def test_each_result_is_on_disk_before_the_next_is_begun(tmp_path):
     assert num_lines[1:] == [2, 3]  # the header, and one line for each result so far
 
 
-def test_an_interrupted_run_says_so_and_writes_no_results(tmp_path, demo_checkpoint, monkeypatch, capsys):
+def test_an_interrupted_run_says_so_and_writes_no_results(tmp_path, built_in_checkpoint, monkeypatch, capsys):
     collate = PreferenceCollator.__call__
     calls = []
 
@@ -308,20 +308,20 @@ def test_an_interrupted_run_says_so_and_writes_no_results(tmp_path, demo_checkpo
 
     monkeypatch.setattr(PreferenceCollator, "__call__", interrupted)
     out = tmp_path / "out.json"
-    assert run_cli(demo_checkpoint, "--batch-size", 500, "--out", out) == 130
+    assert run_cli(built_in_checkpoint, "--batch-size", 500, "--out", out) == 130
     assert "normbt: interrupted" in capsys.readouterr().err
     assert not out.exists()
-    assert run_cli(demo_checkpoint, "--batch-size", 500, "--out", out) == 0
-    assert run_cli(demo_checkpoint, "--batch-size", 500, "--out", out) == 2
+    assert run_cli(built_in_checkpoint, "--batch-size", 500, "--out", out) == 0
+    assert run_cli(built_in_checkpoint, "--batch-size", 500, "--out", out) == 2
     assert "exists, and nothing is overwritten: choose another --out" in capsys.readouterr().err
     assert calls == [500, 500, 500, 500, 500]  # two before, one in vain, the two that were missing
     assert json.loads(out.read_text())["num_pairs"] == 2000
 
 
-def test_rewards_of_other_weights_or_pairs_are_not_continued(tmp_path, demo_checkpoint):
-    model = AutoModelForSequenceClassification.from_pretrained(demo_checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
-    rows = tokenize(demo.demo_pairs(20, seed="any"), tokenizer)
+def test_rewards_of_other_weights_or_pairs_are_not_continued(tmp_path, built_in_checkpoint):
+    model = AutoModelForSequenceClassification.from_pretrained(built_in_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(built_in_checkpoint)
+    rows = tokenize(generated.make_pairs(20, seed="any"), tokenizer)
     partial = tmp_path / "partial"
     before = score_pairs(model, tokenizer, rows, partial=partial)
     with torch.no_grad():

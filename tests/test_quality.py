@@ -180,7 +180,7 @@ def test_runs_of_other_data_or_steps_are_kept_apart(monkeypatch):
     digest = quality_runs.digest("generated", None)
     assert digest != quality_runs.digest("generated", 10)
     assert digest == quality_runs.digest("generated", None)
-    from normbt_kernels.data import demo
+    from normbt_kernels.data import generated
 
-    monkeypatch.setitem(demo.TRAINING_DEFAULTS, "warmup_steps", 7)
+    monkeypatch.setitem(generated.TRAINING_DEFAULTS, "warmup_steps", 7)
     assert digest != quality_runs.digest("generated", None)

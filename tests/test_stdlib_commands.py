@@ -40,9 +40,9 @@ def _a_sixth_of_the_library():
 PRINT_DIGEST = """
 import hashlib
 from normbt_kernels.data import stdlib_faults
-from normbt_kernels.data.stdlib_faults import functions, split_pairs, stdlib_tokenizer
+from normbt_kernels.data.stdlib_faults import functions, split_pairs, make_tokenizer
 stdlib_faults.LEFT_OUT = {left_out}
-facts = functions(), split_pairs("test", 0), sorted(stdlib_tokenizer().get_vocab().items())
+facts = functions(), split_pairs("test", 0), sorted(make_tokenizer().get_vocab().items())
 print(hashlib.sha256(repr(facts).encode()).hexdigest())
 """.replace("{left_out}", repr(LEFT_OUT))
 
@@ -50,9 +50,9 @@ print(hashlib.sha256(repr(facts).encode()).hexdigest())
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = stdlib_faults.stdlib_tokenizer()
+    tokenizer = stdlib_faults.make_tokenizer()
     tokenizer.save_pretrained(folder)
-    stdlib_faults.stdlib_model(tokenizer).save_pretrained(folder)
+    stdlib_faults.make_model(tokenizer).save_pretrained(folder)
     return str(folder)
 
 

@@ -89,7 +89,7 @@ def test_no_module_and_no_function_is_in_two_splits(pairs):
 
 
 def test_the_tokenizer_is_trained_and_gives_back_what_it_reads(pairs):
-    tokenizer = stdlib_faults.stdlib_tokenizer()
+    tokenizer = stdlib_faults.make_tokenizer()
     assert len(tokenizer) == stdlib_faults.VOCABULARY
     lengths = []
     for pair in pairs["test"]:

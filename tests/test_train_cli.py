@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from normbt_kernels.commands import cli, info
 from normbt_kernels.commands import train_report as report
-from normbt_kernels.data import demo
+from normbt_kernels.data import generated
 from normbt_kernels.data.preferences import load_preferences, parse_row
 from normbt_kernels.data.tokens import LeftOut, prepare, tokenize
 from normbt_kernels.errors import UserError
@@ -110,10 +110,10 @@ def test_train_without_arguments_compares_bt_and_normbt(tmp_path):
 
 
 def test_built_in_pairs_are_what_they_say():
-    pairs = demo.demo_pairs(400, seed="any")
-    assert pairs == demo.demo_pairs(400, seed="any")
-    assert pairs != demo.demo_pairs(400, seed="other")
-    worth = demo.STYLE_WORDS
+    pairs = generated.make_pairs(400, seed="any")
+    assert pairs == generated.make_pairs(400, seed="any")
+    assert pairs != generated.make_pairs(400, seed="other")
+    worth = generated.STYLE_WORDS
     better = 0
     for pair in pairs:
         chosen, rejected = pair.chosen.split(), pair.rejected.split()
@@ -129,7 +129,7 @@ def test_built_in_pairs_are_what_they_say():
 
 
 def wrong_results(words):
-    words = [word for word in words if word not in demo.STYLE_WORDS]
+    words = [word for word in words if word not in generated.STYLE_WORDS]
     return sum(int(result) != 2 * int(number) for number, result in zip(words[2::4], words[4::4], strict=True))
 
 
@@ -419,12 +419,12 @@ def test_results_appear_whole_or_not_at_all(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report, "draw", lambda results, path: path.write_bytes(b"new"))
-    for name in (report.RESULTS_NAME, report.FIGURE_NAME):
+    for name in (report.RESULTS_NAME, "results.png"):
         (tmp_path / name).write_text("old")
     monkeypatch.setattr("os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         report.write({}, tmp_path)
-    for name in (report.RESULTS_NAME, report.FIGURE_NAME):
+    for name in (report.RESULTS_NAME, "results.png"):
         assert (tmp_path / name).read_text() == "old"
 
 
@@ -432,7 +432,7 @@ def test_numbers_that_are_not_finite_are_null_in_results(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "draw", lambda results, path: path.write_bytes(b""))
     report.write({"loss": float("nan"), "list": [float("inf"), 1.5]}, tmp_path)
     assert json.loads((tmp_path / report.RESULTS_NAME).read_text()) == {"loss": None, "list": [None, 1.5]}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [report.RESULTS_NAME, report.FIGURE_NAME]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [report.RESULTS_NAME, "results.png"]
 
 
 # --- help and info -------------------------------------------------------------------------------------------------

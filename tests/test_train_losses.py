@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from normbt_kernels.commands.arguments import LOSS_NAMES, TrainOptions
 from normbt_kernels.commands.losses import loss_rows, make_loss
-from normbt_kernels.data import demo
+from normbt_kernels.data import generated
 from normbt_kernels.data.tokens import tokenize
 from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.transformers import PreferenceCollator
@@ -21,7 +21,7 @@ NUM_PAIRS, HIDDEN_SIZE = 8, 16
 
 @pytest.fixture(scope="module")
 def rows():
-    return tokenize(demo.demo_pairs(NUM_PAIRS, seed="any"), demo.demo_tokenizer())
+    return tokenize(generated.make_pairs(NUM_PAIRS, seed="any"), generated.make_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def bradley_terry(variant, d, margin, smoothing):
 @pytest.mark.parametrize("smoothing", [None, 0.3])
 @pytest.mark.parametrize("name", LOSS_NAMES)
 def test_each_loss_is_its_formula(rows, hidden, name, smoothing):
-    batch = PreferenceCollator(demo.demo_tokenizer())(loss_rows(name, rows))
+    batch = PreferenceCollator(generated.make_tokenizer())(loss_rows(name, rows))
     constants = {key: batch[key].double() for key in ("margin", "pair_weight") if key in batch}
     head = torch.linspace(-1, 1, HIDDEN_SIZE, dtype=torch.float64)
     options = TrainOptions(label_smoothing=smoothing, eps=0.5, max_weight=1.1)

@@ -1,1 +1,4 @@
-"""The command line `normbt`: train, evaluate, diagnose, export and info."""
+"""The command line `normbt`: train, evaluate, diagnose, export and info, one file each, called by cli.py.
+
+A new option goes into arguments.py, a new loss to train with into losses.py, a new command into a file and cli.py.
+"""

@@ -1,12 +1,16 @@
-"""What `normbt train` takes beside transformers.TrainingArguments. Imports nothing heavy, so that --help is quick."""
+"""The options of train, evaluate and diagnose: a class for each command, whose fields are its flags.
+
+`normbt train` takes all of transformers.TrainingArguments too. Nothing heavy is imported here, so that --help is quick.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
 
 from normbt_kernels.data import STDLIB_FAULTS
 from normbt_kernels.errors import UserError
@@ -19,11 +23,13 @@ LOSS_NAMES = tuple(
 DEFAULT_SMOOTHING = 0.1
 DEFAULT_EVAL_FRACTION = 0.05
 
-# What is said of a checkpoint and of its pairs, which the built-in models and pairs leave no room for.
+# These options are about a checkpoint and its pairs, and change nothing about the built-in models and pairs.
 OF_A_CHECKPOINT = (
     *("gguf_file", "chat_template", "dtype", "attn_implementation", "lora_r"),
     *("dataset_config", "dataset_split", "eval_dataset", "eval_split", "eval_fraction", "column"),
 )
+
+Options = TypeVar("Options")
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -36,6 +42,23 @@ def _text(help: str, metavar: str) -> Any:
 
 def _switch(help: str) -> Any:
     return field(default=False, metadata={"help": help, "action": "store_true"})
+
+
+def _count(default: int | None, help: str) -> Any:
+    return _option(default, help, type=_positive, metavar="N")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _several(help: str, **kwargs: Any) -> Any:
+    return field(default=None, metadata={"help": help, "nargs": "+", **kwargs})
+
+
+# --- train ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -52,9 +75,8 @@ class TrainOptions:
         "preference pairs: .json, .jsonl, .csv (each also .gz) or .parquet file, or a hub id. Columns: chosen and "
         "rejected (text, or a list of messages), optional prompt (text or messages), system, tools, margin (number, "
         "for the losses named so), pair_weight (number), category (text; accuracy is reported for each). Or "
-        f"{STDLIB_FAULTS}: functions of "
-        "Python's standard library and the same with a fault, made on the spot; without --model, for a small model "
-        "from scratch.",
+        f"{STDLIB_FAULTS}: functions of Python's standard library, with and without a fault, made on the spot; without "
+        "--model they train a small built-in model.",
         "PATH|ID",
     )
     output_dir: str | None = _text(
@@ -69,38 +91,23 @@ class TrainOptions:
     eval_fraction: float = _option(
         DEFAULT_EVAL_FRACTION, "share of --dataset held out when there is no --eval-dataset", metavar="F"
     )
-    column: tuple[str, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "what the data set calls a column: chosen=response_j rejected=response_k",
-            "nargs": "+",
-            "metavar": "NAME=COLUMN",
-        },
+    column: tuple[str, ...] | None = _several(
+        "what the data set calls a column: chosen=response_j rejected=response_k", metavar="NAME=COLUMN"
     )
     chat_template: str | None = _text("Jinja file with the chat template, in place of the tokenizer's", "FILE")
-    loss: tuple[str, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "losses to train with, one model each, from the same initial weights and in the same data order: "
-            "bt (Bradley-Terry) or normbt, each as it is or followed by -margin (the pair's margin is subtracted from "
-            "the difference of rewards), -margin-out (it is multiplied with the loss) or -smoothing (smoothed labels) "
-            "(default: normbt; without --model: bt normbt)",
-            "choices": LOSS_NAMES,
-            "nargs": "+",
-            "metavar": "LOSS",
-        },
+    loss: tuple[str, ...] | None = _several(
+        "losses to train with, one model each, from the same initial weights and in the same data order: "
+        "bt (Bradley-Terry) or normbt, each as it is or followed by -margin (the pair's margin is subtracted from "
+        "the difference of rewards), -margin-out (it is multiplied with the loss) or -smoothing (smoothed labels) "
+        "(default: normbt; without --model: bt normbt)",
+        choices=LOSS_NAMES,
+        metavar="LOSS",
     )
     seeds: int = _option(
         1, "train each loss with N seeds, from --seed on; the table then gives means with intervals", metavar="N"
     )
-    learning_rate: tuple[float, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "of the optimizer (default: 5e-5); with several, each loss is trained at each one",
-            "type": float,
-            "nargs": "+",
-            "metavar": "F",
-        },
+    learning_rate: tuple[float, ...] | None = _several(
+        "of the optimizer (default: 5e-5); with several, each loss is trained at each one", type=float, metavar="F"
     )
     beta: float = _option(0.9, "NormBT: decay of the running mean distance mu", metavar="F")
     eps: float = _option(1e-6, "NormBT: added to each distance", metavar="F")
@@ -127,13 +134,8 @@ class TrainOptions:
     )
     lora_r: int | None = _option(None, "train LoRA matrices of this rank, and the head", type=int, metavar="N")
     lora_alpha: int | None = _option(None, "scale of LoRA (default: twice the rank)", type=int, metavar="N")
-    lora_target: tuple[str, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "layers that get LoRA, by name, or all-linear (default: those that peft chooses)",
-            "nargs": "+",
-            "metavar": "NAME",
-        },
+    lora_target: tuple[str, ...] | None = _several(
+        "layers that get LoRA, by name, or all-linear (default: those that peft chooses)", metavar="NAME"
     )
     attn_implementation: str | None = _text(
         "attention of the model: sdpa, flash_attention_2 (pip install flash-attn), flex_attention, ... (default: as "
@@ -188,13 +190,90 @@ def check_train_options(options: TrainOptions) -> None:
         raise UserError("--label-smoothing is for bt-smoothing and normbt-smoothing: choose one of them with --loss")
 
 
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of `TrainOptions`."""
-    for option in fields(TrainOptions):
+# --- evaluate and diagnose -----------------------------------------------------------------------------------------
+
+_DATASET = (
+    ".json, .jsonl, .csv (each also .gz) or .parquet file, a hub id, or stdlib-faults; columns as for normbt train"
+)
+_CONFIG = "configuration of a hub dataset that has several"
+_MAX_LENGTH = "pairs with a sequence of more tokens are left out, and counted"
+_TRUNCATE = "cut long sequences there in place of leaving them out"
+_BATCH_SIZE = "pairs per forward pass"
+_DEVICE = "cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)"
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `normbt evaluate`, which judges the checkpoint MODEL."""
+
+    model: str = field(
+        metadata={"help": "trained classifier with one label: local folder or hub id", "metavar": "MODEL"}
+    )
+    benchmark: str | None = _option(
+        None,
+        "judge by this benchmark, downloaded from the hub unless --dataset names a local copy of its rows",
+        type=str,
+        choices=("rewardbench", "rewardbench2", "rm-bench", "judgebench"),
+    )
+    dataset: str | None = _text(f"{_DATASET} (default: the built-in held-out pairs)", "PATH|ID")
+    dataset_config: str | None = _text(_CONFIG, "NAME")
+    dataset_split: str | None = _text("split of a hub dataset (default: that of the benchmark)", "NAME")
+    max_length: int | None = _count(None, f"{_MAX_LENGTH} (default: the tokenizer's own limit)")
+    truncate: bool = _switch(_TRUNCATE)
+    batch_size: int = _count(16, _BATCH_SIZE)
+    device: str | None = _text(_DEVICE, "DEVICE")
+    dtype: str = _option(
+        "auto", "dtype of the weights; auto: as saved", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    out: Path | None = field(
+        default=None,
+        metadata={"help": "write the results there too; it must not exist", "type": Path, "metavar": "FILE.json"},
+    )
+
+
+@dataclass(frozen=True)
+class DiagnoseOptions:
+    """Options of `normbt diagnose`."""
+
+    model: str | None = _text("checkpoint, as for normbt train (default: built-in)", "PATH|ID")
+    gguf_file: str | None = _text("GGUF file in --model, for its weights (needs gguf)", "FILE")
+    dataset: str | None = _text(f"{_DATASET} (default: the built-in held-out pairs)", "PATH|ID")
+    dataset_config: str | None = _text(_CONFIG, "NAME")
+    dataset_split: str = _option("train", "split of a hub dataset", metavar="NAME")
+    num_gradients: int = _count(256, "pairs whose backbone gradient is measured, spread evenly by distance")
+    max_length: int = _count(2048, _MAX_LENGTH)
+    truncate: bool = _switch(_TRUNCATE)
+    batch_size: int = _count(8, _BATCH_SIZE)
+    device: str | None = _text(_DEVICE, "DEVICE")
+    dtype: str = _option("float32", "dtype of the weights", choices=("float32", "bfloat16"))
+    out: Path | None = field(
+        default=None,
+        metadata={
+            "help": "where the results go, which must not exist (default: normbt-diagnosis.json, or -2, -3, ...)",
+            "type": Path,
+            "metavar": "FILE.json",
+        },
+    )
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """One flag per field of `options`; a field without a default is an argument without a flag."""
+    for option in fields(options):
         kwargs = dict(option.metadata)
+        if option.default is MISSING:
+            parser.add_argument(option.name, **kwargs)
+            continue
         if option.default is not None and option.default is not False:
             kwargs["help"] += " (default: %(default)s)"
         parser.add_argument(flag(option.name), default=option.default, **kwargs)
+
+
+def chosen(options: type[Options], arguments: argparse.Namespace) -> Options:
+    """What `arguments` hold of the flags that `add_options` made."""
+    return options(**{option.name: getattr(arguments, option.name) for option in fields(options)})
 
 
 def normalize_flags(command_line: Sequence[str]) -> list[str]:

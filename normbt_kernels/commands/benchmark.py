@@ -1,4 +1,4 @@
-"""`normbt evaluate --benchmark NAME`: a reward model and a benchmark of questions in; table, JSON and figure out."""
+"""`normbt evaluate --benchmark NAME`: scores a model on a benchmark of questions; a table, a JSON file and a figure."""
 
 from __future__ import annotations
 
@@ -11,50 +11,38 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels._version import versions
-from normbt_kernels.data.checkpoints import checkpoint_position_limit, load_model, load_scoring_tokenizer
+from normbt_kernels.commands.arguments import EvaluateOptions
+from normbt_kernels.data.checkpoints import load_model, load_scoring_tokenizer, token_limit
 from normbt_kernels.data.rows import read_rows
 from normbt_kernels.data.tokens import token_ids
-from normbt_kernels.diagnostics.report import can_draw
 from normbt_kernels.errors import UserError
 from normbt_kernels.evaluation import score_sequences
 from normbt_kernels.evaluation.judgebench import JUDGEBENCH
 from normbt_kernels.evaluation.questions import Question
 from normbt_kernels.evaluation.rewardbench2 import REWARDBENCH_2
 from normbt_kernels.evaluation.rm_bench import RM_BENCH
-from normbt_kernels.files import write_json, write_whole
+from normbt_kernels.results import aligned, write_results
 from normbt_kernels.resumable import partial_path
 
 BENCHMARKS = {"rewardbench2": REWARDBENCH_2, "rm-bench": RM_BENCH, "judgebench": JUDGEBENCH}
 
 
-def run(
-    model: str,
-    benchmark: str,
-    dataset: str | None,
-    dataset_config: str | None,
-    dataset_split: str | None,
-    batch_size: int,
-    max_length: int | None,
-    truncate: bool,
-    device: str,
-    dtype: str,
-    out: Path | None,
-) -> None:
-    """`normbt evaluate --benchmark`; the arguments are its flags.
+def run(options: EvaluateOptions) -> None:
+    """`normbt evaluate --benchmark`.
 
     Raises:
         UserError: the model or the questions cannot be read, or do not fit together.
     """
-    judge = BENCHMARKS[benchmark]
-    tokenizer = load_scoring_tokenizer(model)
-    dataset, dataset_split = dataset or judge.dataset, dataset_split or judge.split
-    rows = read_rows(dataset, dataset_config, dataset_split)
+    judge = BENCHMARKS[options.benchmark]
+    tokenizer = load_scoring_tokenizer(options.model)
+    limit = token_limit(tokenizer, options.max_length, options.model)
+    dataset = options.dataset or judge.dataset
+    rows = read_rows(dataset, options.dataset_config, options.dataset_split or judge.split)
     questions = [judge.parse(row, f"{dataset}, row {number}") for number, row in rows]
     if not questions:
         raise UserError(f"{dataset}: no rows")
-    limit = min(filter(None, (max_length, tokenizer.model_max_length, checkpoint_position_limit(model))))
     sequences = [
-        _token_ids(question, tokenizer, limit if truncate else None)
+        _token_ids(question, tokenizer, limit if options.truncate else None)
         for question in tqdm(questions, desc="tokenizing", unit=" questions", leave=False)
     ]
     fits = [max(map(len, answers)) <= limit for answers in sequences]
@@ -63,15 +51,15 @@ def run(
     questions = [question for question, fit in zip(questions, fits, strict=True) if fit]
     sequences = [answers for answers, fit in zip(sequences, fits, strict=True) if fit]
 
-    classifier = load_model(model, tokenizer, dtype).to(device)
-    partial = None if out is None else partial_path(out)
+    classifier = load_model(options.model, tokenizer, options.dtype).to(options.device)
+    partial = None if options.out is None else partial_path(options.out)
     rewards = score_sequences(
-        classifier, tokenizer, [ids for answers in sequences for ids in answers], batch_size, partial
+        classifier, tokenizer, [ids for answers in sequences for ids in answers], options.batch_size, partial
     )
     ends = np.cumsum([len(answers) for answers in sequences])[:-1]
     result = judge.count(questions, np.split(rewards, ends))
     report = {
-        "model": model,
+        "model": options.model,
         "benchmark": judge.title,
         "dataset": dataset,
         "dtype": str(classifier.dtype).removeprefix("torch."),
@@ -91,15 +79,8 @@ def run(
         "versions": versions(),
     }
     print(table(report))
-    if out is None:
-        return
-    written = [out]
-    if can_draw():
-        written.append(out.with_suffix(".png"))
-        write_whole(written[-1], lambda path: draw(report, path))
-    write_json(out, report)
-    partial.unlink()
-    print(*(f"wrote {path}" for path in written), sep="\n")
+    if options.out is not None:
+        write_results(options.out, report, lambda path: draw(report, path), kept=[partial])
 
 
 def _token_ids(question: Question, tokenizer: PreTrainedTokenizerBase, cut: int | None) -> list[np.ndarray]:
@@ -121,16 +102,12 @@ def _token_ids(question: Question, tokenizer: PreTrainedTokenizerBase, cut: int 
 
 def table(report: Mapping[str, Any]) -> str:
     """The scores as text: a line for each row, and one for the whole benchmark."""
-    overall = f"overall: {report['overall_is']}"
-    width = max(len(name) for name in (*report["rows"], overall)) + 2
-    columns = report["columns"]
-
-    def line(name: str, number: Any, scores: Mapping[str, float]) -> str:
-        return f"{name:{width}}{number:>10}" + "".join(f"{scores[column]:9.3f}" for column in columns)
-
-    lines = ["", f"{report['benchmark']:{width}}{'questions':>10}" + "".join(f"{column:>9}" for column in columns)]
-    lines += [line(name, scores["num_questions"], scores) for name, scores in report["rows"].items()]
-    lines += [line(overall, "", report["overall"]), ""]
+    scores = report["rows"] | {f"overall: {report['overall_is']}": {"num_questions": "", **report["overall"]}}
+    rows = [
+        [name, str(of["num_questions"]), *(f"{of[column]:.3f}" for column in report["columns"])]
+        for name, of in scores.items()
+    ]
+    lines = ["", *aligned([[report["benchmark"], "questions", *report["columns"]], *rows]), ""]
     if report["num_left_out"]:
         lines.append(
             f"Left out {report['num_left_out']} questions with an answer of over {report['max_length']} tokens."
@@ -142,7 +119,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """The scores as bars, the whole benchmark last."""
+    """Draws the scores as bars, the whole benchmark last."""
     from matplotlib.figure import Figure
 
     rows = [*report["rows"].items(), ("overall", report["overall"])]

@@ -1,4 +1,4 @@
-"""The command line `normbt`, one function per sub-command. Imports what a sub-command needs when it runs, not before.
+"""The command line `normbt`: one function per command, which imports what it needs only when it runs.
 
 Exit codes: 0 done; 1 the self-check failed; 2 something the user can put right, said in one line; 130 interrupted.
 """
@@ -9,24 +9,29 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from normbt_kernels._version import __version__
 from normbt_kernels.commands.arguments import (
+    DiagnoseOptions,
+    EvaluateOptions,
     TrainOptions,
-    add_train_options,
+    add_options,
     check_train_options,
+    chosen,
     flag,
     normalize_flags,
 )
-from normbt_kernels.errors import UserError
+from normbt_kernels.errors import UserError, first_line
 from normbt_kernels.files import check_folder, check_new_file, disk_trouble, free_path
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+Judging = TypeVar("Judging", EvaluateOptions, DiagnoseOptions)
 
 DEMO_OUTPUT_DIR = "normbt-demo"
 
@@ -106,6 +111,11 @@ DIAGNOSE_EPILOG = """\
 It also writes FILE.json and, with matplotlib, the figure FILE.png. Give a stopped command again to continue it.
 """
 
+EXPORT_DESCRIPTION = """\
+Write a plain classifier that the rewardbench package and transformers 4.5x load: adapters merged, the rope settings in
+the spellings of transformers 4 and 5.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own) and returns the exit code."""
@@ -126,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(error: BaseException) -> int:
-    """Says in one line what stopped a command, and returns its exit code. A fault of ours gets its whole traceback."""
+    """Says in one line what stopped a command, and returns its exit code. A bug in this package gets its traceback."""
     if isinstance(error, KeyboardInterrupt):
         print("\nnormbt: interrupted", file=sys.stderr)
         return 130
@@ -144,86 +154,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"normbt-kernels {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    train = commands.add_parser(
+
+    def add(name: str, command: Callable[..., int], help: str, **texts: Any) -> argparse.ArgumentParser:
+        # No abbreviations: one could as well be an option of Trainer's.
+        texts |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        added = commands.add_parser(name, help=help, **texts)
+        added.set_defaults(command=command)
+        return added
+
+    train = add(
         "train",
-        help="train a reward model; without arguments, a one-minute comparison of BT and NormBT",
+        _train,
+        "train a reward model; without arguments, a one-minute comparison of BT and NormBT",
         usage="normbt train [--model PATH|ID --dataset PATH|ID --output-dir DIR] [options]",
         description=TRAIN_DESCRIPTION,
         epilog=TRAIN_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # an abbreviation could as well be Trainer's
     )
-    add_train_options(train)
+    add_options(train, TrainOptions)
     train.add_argument("--help-trainer", action="store_true", help="list all options of transformers.TrainingArguments")
-    train.set_defaults(command=_train)
-    evaluate = commands.add_parser(
+    evaluate = add(
         "evaluate",
-        help="accuracy of a reward model on preference pairs, by subset and by section of RewardBench",
+        _evaluate,
+        "accuracy of a reward model on preference pairs, by subset and by section of RewardBench",
         usage="normbt evaluate MODEL [--dataset PATH|ID] [options]",
         description=EVALUATE_DESCRIPTION,
         epilog=EVALUATE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    evaluate.add_argument("model", metavar="MODEL", help="trained classifier with one label: local folder or hub id")
-    evaluate.add_argument(
-        "--benchmark",
-        choices=("rewardbench", "rewardbench2", "rm-bench", "judgebench"),
-        help="judge by this benchmark, downloaded from the hub unless --dataset names a local copy of its rows",
-    )
-    _add_data_options(evaluate, "the built-in held-out pairs", split=None)
-    evaluate.add_argument(
-        "--max-length",
-        type=_positive,
-        metavar="N",
-        help="pairs with a sequence of more tokens are left out, and counted (default: the tokenizer's own limit)",
-    )
-    _add_truncate(evaluate)
-    _add_device_options(evaluate, batch_size=16, dtypes=("auto", "float32", "bfloat16", "float16"))
-    evaluate.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="write the results there too; it must not exist"
-    )
-    evaluate.set_defaults(command=_evaluate)
-    diagnose = commands.add_parser(
+    add_options(evaluate, EvaluateOptions)
+    diagnose = add(
         "diagnose",
-        help="how BT and NormBT share out the gradient over your pairs under your model",
+        _diagnose,
+        "how BT and NormBT share out the gradient over your pairs under your model",
         usage="normbt diagnose [--model PATH|ID] [--dataset PATH|ID] [options]",
         description=DIAGNOSE_DESCRIPTION,
         epilog=DIAGNOSE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    diagnose.add_argument("--model", metavar="PATH|ID", help="checkpoint, as for normbt train (default: built-in)")
-    diagnose.add_argument("--gguf-file", metavar="FILE", help="GGUF file in --model, for its weights (needs gguf)")
-    _add_data_options(diagnose, "the built-in held-out pairs", split="train")
-    diagnose.add_argument(
-        "--num-gradients",
-        type=_positive,
-        default=256,
-        metavar="N",
-        help="pairs whose backbone gradient is measured, spread evenly by distance (default: %(default)s)",
-    )
-    diagnose.add_argument(
-        "--max-length",
-        type=_positive,
-        default=2048,
-        metavar="N",
-        help="pairs with a sequence of more tokens are left out, and counted (default: %(default)s)",
-    )
-    _add_truncate(diagnose)
-    _add_device_options(diagnose, batch_size=8, dtypes=("float32", "bfloat16"))
-    diagnose.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.json",
-        help="where the results go, which must not exist (default: normbt-diagnosis.json, or -2, -3, ...)",
-    )
-    diagnose.set_defaults(command=_diagnose)
-    export = commands.add_parser(
+    add_options(diagnose, DiagnoseOptions)
+    export = add(
         "export",
-        help="write a trained reward model so that the rewardbench package loads it",
-        description="Writes a plain classifier that the rewardbench package and transformers 4.5x load: adapters "
-        "merged, the rope settings in the spellings of transformers 4 and 5.",
+        _export,
+        "write a trained reward model so that the rewardbench package loads it",
+        description=EXPORT_DESCRIPTION,
     )
     export.add_argument("checkpoint", help="trained classifier, or a peft adapter for one: local folder or hub id")
     export.add_argument("output_dir", help="folder to write, new or empty")
@@ -233,51 +204,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--chat-template", metavar="FILE", help="Jinja file with the chat template, in place of the tokenizer's"
     )
-    export.set_defaults(command=_export)
-    info = commands.add_parser("info", help="versions, devices and backends, and a self-check of the loss")
-    info.set_defaults(command=_info)
+    add("info", _info, "versions, devices and backends, and a self-check of the loss")
     return parser
-
-
-def _add_data_options(parser: argparse.ArgumentParser, default: str, split: str | None) -> None:
-    parser.add_argument(
-        "--dataset",
-        metavar="PATH|ID",
-        help=".json, .jsonl, .csv (each also .gz) or .parquet file, a hub id, or stdlib-faults; columns as for normbt "
-        f"train (default: {default})",
-    )
-    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a hub dataset that has several")
-    parser.add_argument(
-        "--dataset-split",
-        default=split,
-        metavar="NAME",
-        help=f"split of a hub dataset (default: {split or 'that of the benchmark'})",
-    )
-
-
-def _add_truncate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--truncate", action="store_true", help="cut long sequences there in place of leaving them out")
-
-
-def _add_device_options(parser: argparse.ArgumentParser, batch_size: int, dtypes: Sequence[str]) -> None:
-    parser.add_argument(
-        "--batch-size",
-        type=_positive,
-        default=batch_size,
-        metavar="N",
-        help="pairs per forward pass (default: %(default)s)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
-    saved = "; auto: as saved" if "auto" in dtypes else ""
-    parser.add_argument(
-        "--dtype", default=dtypes[0], choices=dtypes, help=f"dtype of the weights{saved} (default: %(default)s)"
-    )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return int(text)
 
 
 def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
@@ -290,12 +218,12 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
     if arguments.help_trainer:
         _trainer_parser().print_help()
         return 0
-    options = TrainOptions(**{option.name: getattr(arguments, option.name) for option in fields(TrainOptions)})
+    options = chosen(TrainOptions, arguments)
     check_train_options(options)
-    from_scratch = find_built_in(options.dataset) if options.model is None else None
-    if from_scratch is None and None in (options.model, options.dataset):
+    built_in = find_built_in(options.dataset) if options.model is None else None
+    if built_in is None and None in (options.model, options.dataset):
         raise UserError("--model and --dataset go together; leave out both for the built-in default")
-    if from_scratch is None and options.output_dir is None:
+    if built_in is None and options.output_dir is None:
         raise UserError("--output-dir is required with --model")
     if options.output_dir is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--output-dir is required where several processes train: they must all write to one folder")
@@ -303,13 +231,13 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
 
     defaults = {"dataloader_pin_memory": torch.accelerator.is_available()}  # else it warns in the middle of the bar
     defaults |= {"output_dir": options.output_dir or str(free_path(Path(DEMO_OUTPUT_DIR)))}
-    args = _training_arguments(trainer_arguments, defaults | (from_scratch.training_defaults if from_scratch else {}))
+    args = _training_arguments(trainer_arguments, defaults | (built_in.training_defaults if built_in else {}))
     if options.learning_rate is not None:
         args.learning_rate = options.learning_rate[0]
     output_dir = Path(args.output_dir)
     if args.process_index == 0 and not options.dry_run:
         run_folder.check(output_dir, args.resume_from_checkpoint)
-    job = built_in_job(from_scratch, options, args.seed) if from_scratch else user_job(options, args.seed)
+    job = built_in_job(built_in, options, args.seed) if built_in else user_job(options, args.seed)
     print(*job.said, sep="\n", flush=True)
     if options.dry_run:
         return 0
@@ -338,7 +266,7 @@ def _training_arguments(command_line: list[str], defaults: dict[str, Any]) -> Tr
         raise UserError(f"unrecognized arguments: {' '.join(others)}{_did_you_mean(others, known)}")
     if args.batch_eval_metrics or not args.eval_do_concat_batches:
         raise UserError(
-            "--batch-eval-metrics and --eval-do-concat-batches False are not taken: the report needs all rewards"
+            "leave out --batch-eval-metrics and --eval-do-concat-batches False: the report needs all rewards at once"
         )
     if args.n_gpu > 1:
         print(f"using 1 of {args.n_gpu} GPUs; for all: torchrun --nproc-per-node {args.n_gpu} -m normbt_kernels train")
@@ -346,7 +274,7 @@ def _training_arguments(command_line: list[str], defaults: dict[str, Any]) -> Tr
 
 
 def _did_you_mean(words: Sequence[str], known: Sequence[str]) -> str:
-    """A known option like the first unknown one, as a question; nothing if none is like it."""
+    """A question that names the known option most like the first unknown one; empty if none is like it."""
     import difflib
 
     option = next((word.split("=")[0] for word in words if word.startswith("--")), "")
@@ -365,11 +293,9 @@ def _evaluate(arguments: argparse.Namespace, others: list[str]) -> int:
     _check_extra()
     from normbt_kernels.commands import benchmark, evaluate
 
-    options = _checked_options(arguments)
-    if options["benchmark"] in benchmark.BENCHMARKS:
-        benchmark.run(**options)
-    else:
-        evaluate.run(**options)
+    options = _checked(chosen(EvaluateOptions, arguments))
+    command = benchmark if options.benchmark in benchmark.BENCHMARKS else evaluate
+    command.run(options)
     return 0
 
 
@@ -377,7 +303,8 @@ def _diagnose(arguments: argparse.Namespace, others: list[str]) -> int:
     _check_extra()
     from normbt_kernels.commands import diagnose
 
-    diagnose.run(**_checked_options(arguments))
+    options = chosen(DiagnoseOptions, arguments)
+    diagnose.run(_checked(replace(options, out=options.out or free_path(Path("normbt-diagnosis.json")))))
     return 0
 
 
@@ -389,25 +316,21 @@ def _check_extra() -> None:
         raise UserError(f"{error.name} is not installed: pip install 'normbt-kernels[train]'") from error
 
 
-def _checked_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `arguments` by name, with a device that is there, and a place for the results."""
+def _checked(options: Judging) -> Judging:
+    """`options` with a device that is there, and a place for the results."""
     import torch
 
-    options = {name: value for name, value in vars(arguments).items() if not name.startswith("command")}
-    if arguments.command is _diagnose and options["out"] is None:
-        options["out"] = free_path(Path("normbt-diagnosis.json"))
-    out = options["out"]
-    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
-        raise UserError(f"--out {out}: expected a file name that ends in .json, in a folder that exists")
+    out = options.out
     if out is not None:
+        if out.suffix != ".json" or not out.parent.is_dir():
+            raise UserError(f"--out {out}: expected a file name that ends in .json, in a folder that exists")
         check_new_file(out, "--out")
-    if options["device"] is None:
-        options["device"] = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = options.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        torch.empty(1, device=options["device"])
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {options['device']}: {str(error).splitlines()[0]}") from error
-    return options
+        raise UserError(f"--device {device}: {first_line(error)}") from error
+    return replace(options, device=device)
 
 
 def _export(arguments: argparse.Namespace, others: list[str]) -> int:

@@ -1,72 +1,55 @@
-"""`normbt evaluate`: a reward model and pairs in, accuracy by subset and section out, as a table and JSON."""
+"""`normbt evaluate`: scores pairs with a reward model; accuracy by subset and section as a table and a JSON file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels._version import versions
-from normbt_kernels.data import demo
-from normbt_kernels.data.checkpoints import (
-    checkpoint_position_limit,
-    load_model,
-    load_scoring_tokenizer,
-    vocabulary_size,
-)
+from normbt_kernels.commands.arguments import EvaluateOptions
+from normbt_kernels.data.built_in import GENERATED
+from normbt_kernels.data.checkpoints import load_model, load_scoring_tokenizer, token_limit, vocabulary_size
 from normbt_kernels.data.preferences import Preference, load_preferences, parse_row
 from normbt_kernels.data.tokens import LeftOut, check_ids, prepare
 from normbt_kernels.errors import UserError
 from normbt_kernels.evaluation import SECTION_OF, SECTIONS, Accuracy, accuracy, score_pairs
-from normbt_kernels.files import write_json
+from normbt_kernels.results import aligned, write_results
 from normbt_kernels.resumable import partial_path
 
 HUB_ID, HUB_SPLIT = "allenai/reward-bench", "filtered"
 
 
-def run(
-    model: str,
-    benchmark: str | None,
-    dataset: str | None,
-    dataset_config: str | None,
-    dataset_split: str | None,
-    batch_size: int,
-    max_length: int | None,
-    truncate: bool,
-    device: str,
-    dtype: str,
-    out: Path | None,
-) -> None:
-    """`normbt evaluate`; the arguments are its flags.
+def run(options: EvaluateOptions) -> None:
+    """`normbt evaluate`.
 
     Raises:
         UserError: the model or the data cannot be read, or do not fit together.
     """
-    tokenizer = load_scoring_tokenizer(model)
-    dataset, dataset_split = dataset or (benchmark and HUB_ID), dataset_split or HUB_SPLIT
+    tokenizer = load_scoring_tokenizer(options.model)
+    limit = token_limit(tokenizer, options.max_length, options.model)
+    dataset = options.dataset or (options.benchmark and HUB_ID)
     if dataset is None:
-        pairs, dataset = demo_pairs(tokenizer), "built-in generated pairs"
+        pairs, dataset = built_in_pairs(tokenizer), GENERATED.name
     else:
-        pairs = load_preferences(dataset, dataset_config, dataset_split, parse=_parser(tokenizer))
-    limits = (max_length, tokenizer.model_max_length, checkpoint_position_limit(model))
-    limit = min(filter(None, limits))
+        split = options.dataset_split or HUB_SPLIT
+        pairs = load_preferences(dataset, options.dataset_config, split, parse=_parser(tokenizer))
     # A pair with the same tokens on both sides is a tie, and counts as one.
-    prepared = prepare(pairs, tokenizer, LeftOut(limit, keep_identical=True), truncate=truncate)
+    prepared = prepare(pairs, tokenizer, LeftOut(limit, keep_identical=True), truncate=options.truncate)
     rows = prepared.rows
     for remark in prepared.remarks:
         print(remark)
-    classifier = load_model(model, tokenizer, dtype).to(device)
+    classifier = load_model(options.model, tokenizer, options.dtype).to(options.device)
     for number, row in enumerate(rows, start=1):
         check_ids(row, f"pair {number}", vocabulary_size(classifier))
 
-    partial = None if out is None else partial_path(out)
-    rewards = score_pairs(classifier, tokenizer, rows, batch_size, partial)
+    partial = None if options.out is None else partial_path(options.out)
+    rewards = score_pairs(classifier, tokenizer, rows, options.batch_size, partial)
     result = accuracy(*rewards, [row["category"] for row in rows] if "category" in rows[0] else None)
     report = {
-        "model": model,
+        "model": options.model,
         "dataset": dataset,
         "dtype": str(classifier.dtype).removeprefix("torch."),
         "num_left_out": len(pairs) - len(rows),
@@ -74,29 +57,25 @@ def run(
         **summary(result),
         "versions": versions(),
     }
-    if out is not None:
-        write_json(out, report)
-        partial.unlink()
     print(table(report))
-    if out is not None:
-        print(f"wrote {out}")
+    if options.out is not None:
+        write_results(options.out, report, kept=[partial])
 
 
-def demo_pairs(tokenizer: PreTrainedTokenizerBase) -> list[Preference]:
+def built_in_pairs(tokenizer: PreTrainedTokenizerBase) -> list[Preference]:
     """The held-out pairs of the built-in default.
 
     Raises:
         UserError: the tokenizer is not that of the built-in default.
     """
-    if tokenizer.get_vocab() != demo.demo_tokenizer().get_vocab():
+    if tokenizer.get_vocab() != GENERATED.make_tokenizer().get_vocab():
         raise UserError("--dataset is required: the built-in pairs are for checkpoints of the built-in default only")
-    return demo.demo_pairs(demo.NUM_EVAL_PAIRS, seed="held-out")
+    return GENERATED.pairs("test", 0)
 
 
 def _parser(tokenizer: PreTrainedTokenizerBase) -> Callable[[Any, str], Preference]:
-    """How to read a row: RewardBench's own, which have a subset, as its package does, others as `normbt train` does.
-
-    RewardBench lays prompt and answer out as a conversation; without a chat template they are joined as they are.
+    """Returns the function that reads a row. Rows with a `subset` are RewardBench's: as in its package, prompt and
+    answer become a conversation if the tokenizer has a chat template. All others are read as `normbt train` reads them.
     """
 
     def parse(row: Any, where: str) -> Preference:
@@ -113,7 +92,7 @@ def _parser(tokenizer: PreTrainedTokenizerBase) -> Callable[[Any, str], Preferen
 
 
 def summary(result: Accuracy) -> dict[str, Any]:
-    """`result` as the JSON file has it."""
+    """The content of the JSON file about `result`."""
     numbers = asdict(result)
     numbers["subsets"] = {
         name: {
@@ -131,11 +110,10 @@ def summary(result: Accuracy) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> str:
     """Accuracy by section and subset, as text."""
     subsets = report["subsets"]
-    width = max([len(name) for name in subsets] + [len(report["overall_is"]) + 10, 20]) + 4
-    lines = ["", f"{'accuracy':{width}}{'pairs':>7}{'weight':>8}{'right':>9}"]
+    rows = [["accuracy", "pairs", "weight", "right"]]
 
     def add(name: str, num_pairs: int | str, share: float, weight: int | None = None) -> None:
-        lines.append(f"{name:{width}}{num_pairs:>7}{weight or '':>8}{share:9.3f}")
+        rows.append([name, str(num_pairs), str(weight or ""), f"{share:.3f}"])
 
     def add_subsets(section: str | None) -> None:
         for name, subset in subsets.items():
@@ -145,13 +123,12 @@ def table(report: Mapping[str, Any]) -> str:
     for section, share in report["sections"].items():
         add(section, sum(s["num_pairs"] for s in subsets.values() if s["section"] == section), share)
         add_subsets(section)
-    unknown = [name for name, subset in subsets.items() if subset["section"] is None]
-    if unknown:
-        lines.append("in none of RewardBench's sections" + (", and not in overall" if report["sections"] else ""))
+    if any(subset["section"] is None for subset in subsets.values()):
+        rows.append(["in none of RewardBench's sections" + (", and not in overall" if report["sections"] else "")])
         add_subsets(None)
     add("all pairs, unweighted", report["num_pairs"], report["all_pairs"])
     add(f"overall: {report['overall_is']}", "", report["overall"])
-    lines.append("")
+    lines = ["", *aligned(rows), ""]
     if report["sections_left_out"]:
         lines.append(f"No pairs, and left out: {', '.join(report['sections_left_out'])}.")
     if report["num_left_out"]:

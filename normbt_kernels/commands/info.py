@@ -1,6 +1,6 @@
-"""`normbt info`: where this installation runs, and whether its loss gives the numbers that paper and pencil give.
+"""`normbt info`: where this installation runs, and whether its loss gives the numbers that were computed by hand.
 
-Two pairs whose distances and rewards are whole numbers, on every device, through every entry point:
+The self-check runs every entry point on every device, on two pairs whose distances and rewards are whole numbers:
 
     h_c = (3, 4), h_r = (0, 0):   delta = (3, 4)    rho = 5      v = (1, 2):  d = 11
     h_c = (1, 1), h_r = (6, 13):  delta = (-5, -12) rho = 13                  d = -29
@@ -30,7 +30,7 @@ CHOSEN_REWARDS, REJECTED_REWARDS = [11.0, 3.0], [0.0, 32.0]
 MARGIN = [10.0, -28.0]  # so that z = d - margin is +1 and -1
 Z = [1.0, -1.0]
 MU = 65.0  # so that the weights are 13 and 5
-FIRST_MU = 9.0  # the mean of RHO: what weighs the first batch of a module
+FIRST_MU = 9.0  # the mean of RHO, which weighs the first batch of a module
 
 
 def environment() -> str:
@@ -56,14 +56,14 @@ def _devices() -> list[torch.device]:
 
 
 def run() -> list[str]:
-    """One line for each number that is wrong; empty if all is well."""
+    """One line for each number that is wrong; an empty list if none is."""
     return [failure for device in _devices() for check in CHECKS for failure in _run(check, device)]
 
 
 def _run(check: Callable[[torch.device], list[tuple[str, Tensor, list[float]]]], device: torch.device) -> list[str]:
     try:
         numbers = check(device)
-    except Exception as error:  # whatever it is, the self-check reports it and goes on
+    except Exception as error:  # the self-check reports any error and goes on
         return [f"{check.__name__.strip('_')} on {device}: {type(error).__name__}: {error}"]
     return [
         f"{what} on {device}: expected {expected}, got {seen.flatten().tolist()}"

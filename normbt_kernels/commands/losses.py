@@ -19,12 +19,9 @@ from normbt_kernels.errors import UserError
 from normbt_kernels.functional import linear_normbt_loss
 from normbt_kernels.modules import LinearNormBTLoss
 
-# min(mu / (rho + eps), 1) is 1 for every distance that a model can produce.
-_HUGE = 1e30
-
 
 class LinearBTLoss(nn.Module):
-    """Plain Bradley-Terry by the same fused function: NormBT with every weight equal to 1."""
+    """Plain Bradley-Terry by the same fused function: with power 0, every NormBT weight is 1."""
 
     def __init__(self, label_smoothing: float = 0.0, center_coef: float = 0.0):
         super().__init__()
@@ -35,11 +32,11 @@ class LinearBTLoss(nn.Module):
         return linear_normbt_loss(
             hidden,
             weight,
-            _HUGE,
+            1.0,
             bias=bias,
             label_smoothing=self.label_smoothing,
             center_coef=self.center_coef,
-            max_weight=1.0,
+            power=0.0,
             **kwargs,
         )
 
@@ -62,7 +59,7 @@ def make_loss(name: str, options: TrainOptions) -> nn.Module:
 
 
 def loss_rows(name: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tokenised pairs with the columns that the loss `name` reads: the margin subtracted, multiplied or unused.
+    """Tokenised pairs with the columns that the loss `name` reads: the margin stays, becomes the weight, or goes.
 
     Raises:
         UserError: the loss needs margins and the pairs have none, or a negative margin would become a weight.

@@ -1,9 +1,9 @@
-"""The folder of a training run. It says what the run is made from, so that a run is continued or refused, never mixed.
+"""The folder of a training run. It records what the run is made from, so that two runs are never mixed.
 
 run.json               options, arguments, fingerprints of the pairs and the model: written before the first step
 <trial>/checkpoint-N   Trainer's
-<trial>/finished.npz   what one trained model did
-results.json, .png     the comparison, last
+<trial>/finished.npz   rewards, distances and log of one trained model
+results.json, .png     the comparison, written last
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from normbt_kernels.files import check_folder, write_json, write_whole
 
 RECORD_NAME, FINISHED_NAME = "run.json", "finished.npz"
 ARRAYS = ("chosen_rewards", "rejected_rewards", "distance")
-# What may change between a run and the one that continues it: where things go, how progress is shown, further losses.
+# These may change when a run is continued: where things go, how progress is shown, further losses.
 FREE = ("output_dir", "resume_from_checkpoint", "logging_dir", "run_name", "disable_tqdm", "report_to", "loss")
 
 
 def check(folder: Path, resume: str | None) -> None:
-    """Before anything is loaded: whether a run can be written to `folder`, anew or, with `resume`, as a continuation.
+    """Checks, before anything is loaded, that a run can begin in `folder` or, with `resume`, continue there.
 
     Raises:
-        UserError: it cannot be written; it holds a run, and this one is not to continue it; there is no checkpoint
-            folder `resume`, which may also be "last".
+        UserError: the folder cannot be written; it holds a run and `resume` is None; or there is no checkpoint folder
+            `resume` ("last" means the last one of each trial).
     """
     check_folder(folder)
     if resume not in (None, "last") and not Path(resume).is_dir():
@@ -49,7 +49,7 @@ def check(folder: Path, resume: str | None) -> None:
 
 
 def _holds(folder: Path) -> str | None:
-    """Something of a run in `folder`."""
+    """The name of something in `folder` that a run has written; None if there is nothing."""
     for name in (RESULTS_NAME, RECORD_NAME):
         if (folder / name).exists():
             return name
@@ -58,10 +58,10 @@ def _holds(folder: Path) -> str | None:
 
 
 def begin(folder: Path, made_from: dict[str, Any]) -> None:
-    """Writes down what the run in `folder` is made from, or compares it with what was written.
+    """Records what the run in `folder` is made from, or compares that with the record of an earlier run.
 
     Raises:
-        UserError: the run there was made from something else, or does not say from what.
+        UserError: the earlier run was made from something else, or left no record.
     """
     path = folder / RECORD_NAME
     if not path.exists():
@@ -81,7 +81,7 @@ def begin(folder: Path, made_from: dict[str, Any]) -> None:
 
 
 def made_from(options: TrainOptions, args: TrainingArguments, **fingerprints: str) -> dict[str, Any]:
-    """All that a training run goes by, as JSON has it."""
+    """Everything that determines a training run, as plain JSON values."""
     chosen = asdict(options) | args.to_dict() | fingerprints
     if options.learning_rate is not None:
         chosen["learning_rate"] = options.learning_rate[0] if len(options.learning_rate) == 1 else options.learning_rate
@@ -89,7 +89,7 @@ def made_from(options: TrainOptions, args: TrainingArguments, **fingerprints: st
 
 
 def save_finished(folder: Path, trained: Trained) -> None:
-    """Writes what the model in `folder` did; the file appears whole or not at all."""
+    """Writes the results of the model in `folder`; the file appears whole or not at all."""
     facts = {field.name: getattr(trained, field.name) for field in fields(Trained) if field.name not in ARRAYS}
     arrays = {name: getattr(trained, name) for name in ARRAYS}
     path = folder / FINISHED_NAME
@@ -97,7 +97,7 @@ def save_finished(folder: Path, trained: Trained) -> None:
 
 
 def load_finished(folder: Path) -> Trained | None:
-    """What `save_finished` wrote, None if it did not."""
+    """What `save_finished` wrote; None if the model is not finished."""
     path = folder / FINISHED_NAME
     if not path.exists():
         return None
@@ -106,13 +106,13 @@ def load_finished(folder: Path) -> Trained | None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Takes Trainer's checkpoints out of a trial's `folder`."""
+    """Removes Trainer's checkpoints from a trial's `folder`."""
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(path)
 
 
 def how_to_load(folder: Path) -> str:
-    """The call that loads the model in `folder`, after a colon; nothing for an adapter, which the commands load."""
+    """A colon and the call that loads the model in `folder`; empty for an adapter, which needs its base model."""
     if (folder / "adapter_config.json").exists():
         return ""
     return f": AutoModelForSequenceClassification.from_pretrained({str(folder)!r})"

@@ -1,4 +1,4 @@
-"""The main job: the same model trained once per loss, judged on the same held-out pairs."""
+"""`normbt train`: trains the same model once per loss and judges all on the same held-out pairs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from normbt_kernels.resumable import model_fingerprint, rows_fingerprint
 
 
 def one_device(args: TrainingArguments) -> TrainingArguments:
-    """`args` for this process to use one GPU of several: Trainer would split each batch, pairs and all, over them."""
+    """`args` with one GPU for this process: Trainer would split each batch over several, and with it the pairs."""
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One model to train; `name` is its folder. `column` is what is said of it together with those of other seeds."""
+    """One model to train. `name` is its folder; models that differ only in the seed share a `column` of the table."""
 
     loss: str
     learning_rate: float
@@ -44,7 +44,7 @@ class Trial:
 
 
 def trials(options: TrainOptions, losses: Sequence[str], args: TrainingArguments) -> list[Trial]:
-    """Every loss at every learning rate with every seed; seed by seed, so that a stopped grid is a smaller grid."""
+    """Every loss at every learning rate with every seed, seed by seed: a stopped grid is then a smaller grid."""
     rates = options.learning_rate or (args.learning_rate,)
     seeds = range(args.seed, args.seed + options.seeds)
     made = []
@@ -60,7 +60,7 @@ def trials(options: TrainOptions, losses: Sequence[str], args: TrainingArguments
 def run(job: Job, options: TrainOptions, args: TrainingArguments, keep_checkpoints: bool) -> None:
     """Trains every trial into `args.output_dir`/<trial>, then writes the comparison beside them.
 
-    Checkpoints are there to continue a trial. Unless `keep_checkpoints`, a finished one has no use for its own.
+    A trial's checkpoints are removed when it is finished, unless `keep_checkpoints`.
     """
     output_dir = Path(args.output_dir)
     rows = {name: (loss_rows(name, job.train_rows), loss_rows(name, job.eval_rows)) for name in job.losses}
@@ -92,8 +92,7 @@ def run(job: Job, options: TrainOptions, args: TrainingArguments, keep_checkpoin
     results = report.compare(columns, job.eval_rows, job.model_name, job.dataset_name, args)
     results |= {"data": job.data, "made_from": made_from, "command": shlex.join(["normbt", *sys.argv[1:]])}
     print(report.table(results))
-    for path in report.write(results, output_dir):
-        print(f"wrote {path}")
+    report.write(results, output_dir)
     for trial in planned:
         print(f"wrote {output_dir / trial.name}{run_folder.how_to_load(output_dir / trial.name)}")
 
@@ -110,7 +109,7 @@ def _train(
     args.output_dir = str(Path(args.output_dir) / trial.name)
     args.seed, args.learning_rate = trial.seed, trial.learning_rate
     set_seed(args.seed)  # the same initial weights for every loss; Trainer seeds the data order alike
-    with quiet_progress_bars(), redirect_stdout(io.StringIO()):  # which says what it said for the fingerprint
+    with quiet_progress_bars(), redirect_stdout(io.StringIO()):  # it said the same when the fingerprint was made
         model = job.make_model()
     trainer = NormBTTrainer(
         model,
@@ -119,7 +118,7 @@ def _train(
         eval_dataset=eval_rows,
         processing_class=job.tokenizer,
         loss=make_loss(trial.loss, options),
-        keep_identical=True,  # what is left out was left out before
+        keep_identical=True,  # the job has left them out already
         late_pooling=options.late_pooling,
         padding_free=options.padding_free,
     )
@@ -127,7 +126,7 @@ def _train(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossOnTheBar(trial.name))
     start = time.perf_counter()
-    with quiet_progress_bars():  # of files that are read and written: a bar of their own in the middle of ours
+    with quiet_progress_bars():  # bars of files that are read and written would break ours
         trainer.train(resume_from_checkpoint=_checkpoint(args))
         seconds = time.perf_counter() - start
         trainer.save_model()
@@ -144,7 +143,7 @@ def _train(
 
 @contextmanager
 def quiet_progress_bars() -> Iterator[None]:
-    """Without transformers' own bars, such as "Writing model shards"; Trainer's is not one of them."""
+    """Hides transformers' own bars, such as "Writing model shards", but not Trainer's."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -155,17 +154,17 @@ def quiet_progress_bars() -> Iterator[None]:
 
 
 def _checkpoint(args: TrainingArguments) -> str | None:
-    """`--resume-from-checkpoint last` is the last whole one in each trial's own folder; anything else is a path."""
+    """The checkpoint to resume from: "last" means the last whole one of this trial, anything else is a path."""
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint
     if args.save_only_model:
-        print(f"the checkpoints in {args.output_dir} hold the model alone (--save-only-model): begun anew")
+        print(f"the checkpoints in {args.output_dir} hold only the model (--save-only-model): the trial begins anew")
         return None
     return last_whole_checkpoint(args.output_dir)
 
 
 class LossOnTheBar(ProgressCallback):
-    """Trainer's progress bar with the latest Bradley-Terry loss and accuracy, in place of a line for each log."""
+    """Trainer's progress bar, which shows the latest Bradley-Terry loss and accuracy instead of printing each log."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -183,5 +182,5 @@ class LossOnTheBar(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:
-            # Unweighted, so that the losses can be compared: NormBT's own is scaled by its weights.
+            # The unweighted loss can be compared: NormBT's own is scaled by its weights.
             self.training_bar.set_postfix(bt_loss=f"{logs['bt_loss']:.3f}", accuracy=f"{logs['accuracy']:.3f}")

@@ -1,4 +1,4 @@
-"""What `normbt train` trains and judges on: the user's checkpoint and pairs, or a built-in data set and its model."""
+"""What `normbt train` works on: the user's checkpoint and pairs, or a built-in data set and its model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from normbt_kernels.data import STDLIB_FAULTS
 from normbt_kernels.data.built_in import BuiltIn
 from normbt_kernels.data.checkpoints import (
     add_lora,
-    checkpoint_position_limit,
     load_model,
     load_training_tokenizer,
     read_template,
+    token_limit,
 )
 from normbt_kernels.data.look import look
 from normbt_kernels.data.preferences import Preference, load_preferences
@@ -30,8 +30,8 @@ from normbt_kernels.errors import UserError
 
 @dataclass(frozen=True)
 class Job:
-    """What every loss is trained and judged on. `make_model` draws new weights from torch's current seed; `data` is
-    what a look at the pairs found, and `said` the lines that tell it."""
+    """What every loss is trained and judged on. `make_model` draws new weights from torch's current seed; `data` holds
+    the figures about the pairs, and `said` the lines that tell them."""
 
     model_name: str
     dataset_name: str
@@ -45,10 +45,10 @@ class Job:
 
 
 def built_in_job(built_in: BuiltIn, options: TrainOptions, seed: int) -> Job:
-    """A data set that needs no download, and its model. The held-out pairs are the same whatever the seed."""
-    torch.set_num_threads(1)  # more gain nothing on models this small, and lose much where cores are shared
+    """A built-in data set and its model. The held-out pairs do not depend on the seed."""
+    torch.set_num_threads(1)  # more threads do not help models this small, and hurt where cores are shared
     tokenizer = built_in.make_tokenizer()
-    limit = min(options.max_length, tokenizer.model_max_length)
+    limit = token_limit(tokenizer, options.max_length, None)
     train, held_out = (
         _prepared(built_in.pairs(split, seed), kind, tokenizer, options, limit)
         for split, kind in (("train", "training pairs"), ("test", "held-out pairs"))
@@ -71,7 +71,7 @@ def user_job(options: TrainOptions, seed: int) -> Job:
     """The user's checkpoint and pairs.
 
     Raises:
-        UserError: what cannot be read, or leaves nothing to train or to judge on.
+        UserError: something cannot be read, or no pair is left to train or to judge on.
     """
     columns = dict(column.split("=", 1) for column in options.column or ())
     train_pairs = load_preferences(options.dataset, options.dataset_config, options.dataset_split, columns=columns)
@@ -90,15 +90,10 @@ def user_job(options: TrainOptions, seed: int) -> Job:
     tokenizer = load_training_tokenizer(options.model, options.gguf_file)
     if options.chat_template is not None:
         tokenizer.chat_template = read_template(Path(options.chat_template))
-    limits = (
-        options.max_length,
-        tokenizer.model_max_length,
-        checkpoint_position_limit(options.model, options.gguf_file),
-    )
-    limit = min(filter(None, limits))
+    limit = token_limit(tokenizer, options.max_length, options.model, options.gguf_file)
     train = _prepared(train_pairs, "training pairs", tokenizer, options, limit)
     remarks = train.remarks
-    if eval_pairs is None:  # held out of what is left, so that as many are judged on as were asked for
+    if eval_pairs is None:  # held out of the pairs that are left, so that as many are judged as the user asked for
         train_rows, eval_rows = _hold_out(train.rows, options.eval_fraction, seed)
     else:
         held_out = _prepared(eval_pairs, "held-out pairs", tokenizer, options, limit)

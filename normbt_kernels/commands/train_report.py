@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ import numpy as np
 from transformers import TrainingArguments
 
 from normbt_kernels._version import versions
-from normbt_kernels.files import write_json, write_whole
+from normbt_kernels.results import aligned, write_results
 
 RESULTS_NAME = "results.json"
-FIGURE_NAME = "results.png"
 LABELS = {
     "bt": "BT",
     "bt-margin": "BT margin",
@@ -63,7 +62,7 @@ def label(column: str) -> str:
 
 
 def _look(column: str, columns: Sequence[str]) -> dict[str, Any]:
-    """How a column is drawn: its loss by colour, its learning rate, of several, by how strong that is."""
+    """How a column is drawn: the colour tells its loss, and the strength of the colour its learning rate."""
     loss, _, rate = column.partition(" ")
     rates = list(dict.fromkeys(name.partition(" ")[2] for name in columns))
     return {"color": COLORS[loss], "alpha": 1 - 0.65 * rates.index(rate) / len(rates), "label": label(column)}
@@ -75,8 +74,8 @@ def _look(column: str, columns: Sequence[str]) -> dict[str, Any]:
 def compare(
     columns: dict[str, list[Trained]], rows: Sequence[dict[str, Any]], model: str, dataset: str, args: TrainingArguments
 ) -> dict[str, Any]:
-    """The content of results.json, of the models of each column, one for each seed. The thirds go by the distances
-    under the first model: the same pairs for all."""
+    """The content of results.json. Each column has one trained model per seed. The thirds by distance are those of the
+    first model, so that all columns are compared on the same pairs."""
     reference = next(iter(columns))
     groups = _groups(rows, columns[reference][0].distance)
     seeds = [trained.seed for trained in columns[reference]]
@@ -106,7 +105,7 @@ def _history(trained: list[Trained]) -> dict[str, Any]:
 
 
 def _baseline(column: str, columns: dict[str, list[Trained]]) -> str | None:
-    """The first column with the same learning rate; None for that one itself."""
+    """The first column with the same learning rate; None if that is `column` itself."""
     rate = columns[column][0].learning_rate
     first = next(name for name, trained in columns.items() if trained[0].learning_rate == rate)
     return None if first == column else first
@@ -144,7 +143,7 @@ def _mean_and_interval(values: np.ndarray) -> tuple[float, float | None]:
 
 
 def _t_quantile(freedom: int) -> float:
-    """The 0.975 quantile of Student's t, to 0.02 where it is no longer tabulated."""
+    """The 0.975 quantile of Student's t, from a table up to 10 degrees of freedom and to 0.02 beyond."""
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.6 / freedom
 
@@ -167,20 +166,18 @@ def _groups(rows: Sequence[dict[str, Any]], distance: np.ndarray) -> list[tuple[
 
 def table(results: dict[str, Any]) -> str:
     """Held-out accuracy by group, one column per loss; then each one's difference from the first, pair by pair."""
-    columns = list(results["losses"])
-    widths = {column: max(9, len(label(column)) + 2) for column in columns}
-    width = max(len(group["name"]) for group in results["groups"]) + 12
-    header = "".join(f"{label(column):>{widths[column]}}" for column in columns)
-    lines = ["", f"{'held-out accuracy':{width}}{'pairs':>7}{header}"]
-    for heading, group in _with_headings(results["groups"]):
-        figures = "".join(f"{_rounded(group['accuracy'][c], group['num_pairs']):>{widths[c]}}" for c in columns)
-        lines.append(f"{heading}{group['name']:{width - 10}}{group['num_pairs']:7}{figures}")
-    for column, difference in results["groups"][0]["difference"].items():
+    groups, columns = results["groups"], list(results["losses"])
+    names = [f"{heading:10}{group['name']}" for heading, group in zip(_headings(groups), groups, strict=True)]
+    rows = [["held-out accuracy", "pairs", *map(label, columns)]]
+    for name, group in zip(names, groups, strict=True):
+        accuracies = (_rounded(group["accuracy"][column], group["num_pairs"]) for column in columns)
+        rows.append([name, str(group["num_pairs"]), *accuracies])
+    lines = ["", *aligned(rows)]
+    for column, difference in groups[0]["difference"].items():
         title = f"{label(column)} - {label(difference['from'])}"
-        lines += ["", f"{title:{width}}{'pairs':>7}{'difference':>20}{'disagree':>10}{'right there':>13}"]
-        lines += [
-            _difference_line(heading, group, column, width) for heading, group in _with_headings(results["groups"])
-        ]
+        rows = [[title, "pairs", "difference", "disagree", "right there"]]
+        rows += [[name, *_difference(group, column)] for name, group in zip(names, groups, strict=True)]
+        lines += ["", *aligned(rows)]
     seeds = results["seeds"]
     lines += [
         "",
@@ -193,23 +190,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _with_headings(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each group with its kind, ten characters wide, where that is another one than before."""
-    previous = ""
-    for group in groups:
-        yield f"{group['kind'] if group['kind'] != previous else '':10}", group
-        previous = group["kind"]
+def _headings(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """The kind of each group where it is another one than before."""
+    kinds = [group["kind"] for group in groups]
+    return ["" if kind == previous else kind for previous, kind in zip(["", *kinds], kinds, strict=False)]
 
 
-def _difference_line(heading: str, group: dict[str, Any], column: str, width: int) -> str:
+def _difference(group: dict[str, Any], column: str) -> list[str]:
     difference, pairs = group["difference"][column], group["num_pairs"]
     text = _rounded(difference["mean"], pairs, sign=True)
     if difference["interval"] is not None:
         text += f" +- {difference['interval']:.3f}"
-    return (
-        f"{heading}{group['name']:{width - 10}}{pairs:7}{text:>20}"
-        f"{difference['disagree']:10.0f}{difference['right_where_they_disagree']:13.0f}"
-    )
+    return [str(pairs), text, f"{difference['disagree']:.0f}", f"{difference['right_where_they_disagree']:.0f}"]
 
 
 def _rounded(share: float, num_pairs: int, sign: bool = False) -> str:
@@ -221,25 +213,13 @@ def _rounded(share: float, num_pairs: int, sign: bool = False) -> str:
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def write(results: dict[str, Any], output_dir: Path) -> list[Path]:
-    """Writes results.json and, with matplotlib, results.png; each appears whole or not at all."""
-    written = []
-    figure = output_dir / FIGURE_NAME
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: it needs matplotlib (pip install 'normbt-kernels[plot]')")
-    else:
-        matplotlib.use("Agg")
-        write_whole(figure, lambda path: draw(results, path))
-        written.append(figure)
-    path = output_dir / RESULTS_NAME
-    write_json(path, _plain(results))
-    return [*written, path]
+def write(results: dict[str, Any], output_dir: Path) -> None:
+    """Writes results.json and, with matplotlib, results.png beside it."""
+    write_results(output_dir / RESULTS_NAME, _plain(results), lambda path: draw(results, path))
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: no numpy numbers, and null for a number that is not finite."""
+    """`value` in plain JSON types: no numpy numbers, and null for a number that is not finite."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -254,9 +234,9 @@ def _plain(value: Any) -> Any:
 def draw(results: dict[str, Any], path: Path) -> None:
     """Training loss, held-out accuracy over the steps (where it was evaluated), accuracy by group, and each loss's
     difference from the first one, with intervals."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    columns, groups = list(results["losses"]), results["groups"][::-1]  # so that the first group is on top
+    columns, groups = list(results["losses"]), results["groups"][::-1]  # reversed: the first group is then on top
     histories = {column: results["losses"][column]["history"] for column in columns}
     curves = [
         ("bt_loss", "Bradley-Terry loss, unweighted", "training pairs"),
@@ -265,14 +245,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     curves = [curve for curve in curves if all(any(curve[0] in entry for entry in log) for log in histories.values())]
     compared = list(groups[0]["difference"])
     height = max(4.2, 1.2 + len(groups) * max(0.28, 0.16 * len(columns)))
-    figure, (axes,) = plt.subplots(
-        1,
-        len(curves) + 1 + bool(compared),
-        figsize=(4.2 * len(curves) + 7 + 4 * bool(compared), height),
-        width_ratios=[1] * len(curves) + [1.5] + [1] * bool(compared),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = Figure(figsize=(4.2 * len(curves) + 7 + 4 * bool(compared), height), layout="constrained")
+    width_ratios = [1] * len(curves) + [1.5] + [1] * bool(compared)
+    (axes,) = figure.subplots(1, len(width_ratios), width_ratios=width_ratios, squeeze=False)
     for axis, (key, text, title) in zip(axes, curves, strict=False):
         for column in columns:
             points = [(entry["step"], entry[key]) for entry in histories[column] if key in entry]
@@ -308,4 +283,3 @@ def draw(results: dict[str, Any], path: Path) -> None:
         *bars.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(columns)), frameon=False
     )
     figure.savefig(path, dpi=150, format="png")
-    plt.close(figure)

@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from normbt_kernels.data import STDLIB_FAULTS, demo, stdlib_faults
+from normbt_kernels.data import STDLIB_FAULTS, generated, stdlib_faults
 from normbt_kernels.data.preferences import Preference
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """`pairs` takes "train", "validation" or "test" and a seed; only the training pairs depend on the seed.
-    `make_model` draws new weights from torch's current seed."""
+    """A data set and its model. `pairs` takes "train", "validation" or "test" and a seed, on which only the training
+    pairs depend. `make_model` draws new weights from torch's current seed."""
 
     name: str
     model_name: str
@@ -28,18 +28,18 @@ class BuiltIn:
 GENERATED = BuiltIn(
     name="built-in generated pairs",
     model_name="built-in tiny Llama",
-    pairs=demo.split_pairs,
-    make_tokenizer=demo.demo_tokenizer,
-    make_model=demo.demo_model,
-    training_defaults=demo.TRAINING_DEFAULTS,
+    pairs=generated.split_pairs,
+    make_tokenizer=generated.make_tokenizer,
+    make_model=generated.make_model,
+    training_defaults=generated.TRAINING_DEFAULTS,
 )
 
 STANDARD_LIBRARY = BuiltIn(
     name=STDLIB_FAULTS,
     model_name="built-in small Llama",
     pairs=stdlib_faults.split_pairs,
-    make_tokenizer=stdlib_faults.stdlib_tokenizer,
-    make_model=stdlib_faults.stdlib_model,
+    make_tokenizer=stdlib_faults.make_tokenizer,
+    make_model=stdlib_faults.make_model,
     training_defaults=stdlib_faults.TRAINING_DEFAULTS,
 )
 

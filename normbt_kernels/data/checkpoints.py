@@ -1,7 +1,7 @@
-"""A reward model from any checkpoint, or a small new one: one scalar head, and a pad token with no other meaning.
+"""Loads a reward model from any checkpoint, or makes a small new one: one scalar head, and a pad token of its own.
 
 Every command loads its model here. transformers draws at random whatever a checkpoint does not hold. We allow this only
-for a head, and say so; we refuse a checkpoint in which anything else is missing or does not fit, and name the weights.
+for a head, and say so. We refuse a checkpoint in which other weights are missing or do not fit, and name them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers.utils import find_adapter_config_file, logging
 from normbt_kernels.errors import UserError, first_line
 
 PAD_TOKEN = "<|pad|>"
-# What transformers raises for bad files, and where a library is missing (flash-attn, gguf).
+# transformers raises these for bad files, and if a library is missing (flash-attn, gguf).
 CANNOT_LOAD = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
 
 
@@ -60,15 +60,15 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or the one that a processor holds besides what reads images or sound."""
+    """The tokenizer itself, or that of a processor, which also reads images or sound."""
     return getattr(processing_class, "tokenizer", processing_class)
 
 
 def load_training_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """`load_tokenizer`, with a pad token that is not also the end-of-sequence token.
 
-    A decoder's forward takes the last token that is not padding. If padding were the end-of-sequence token, the saved
-    checkpoint would read the token before the one that was trained.
+    A decoder scores the last token that is not the pad token. If that were the end-of-sequence token too, the saved
+    checkpoint would score the token before the one that was trained.
     """
     tokenizer = load_tokenizer(name, gguf_file)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
@@ -154,7 +154,7 @@ def base_of_adapter(name: str) -> str | None:
         if find_adapter_config_file(name) is None:
             return None
     except OSError:
-        return None  # there is no such checkpoint, and its loader has the better message
+        return None  # there is no such checkpoint; the loader has a better message
     try:
         from peft import PeftConfig
     except ImportError as error:
@@ -167,7 +167,7 @@ def _load_classifier(
 ) -> tuple[PreTrainedModel, PreTrainedConfig, list[str]]:
     """The classifier, the configuration as saved, and the names of the head's weights that are new."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # we judge its table of weights here, and say the result in words
+    logging.set_verbosity_error()  # transformers would print a table of weights, which we judge here
     try:
         config = AutoConfig.from_pretrained(name, **_files(gguf_file))
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -179,7 +179,7 @@ def _load_classifier(
             output_loading_info=True,
             **_files(gguf_file),
         )
-        if gguf_file is not None:  # which transformers takes for quantised, and refuses to save
+        if gguf_file is not None:  # transformers takes this model for quantised, and refuses to save it
             model = _copied(model)
     except CANNOT_LOAD as error:
         raise UserError(f"{name}: {first_line(error)}") from error
@@ -324,6 +324,28 @@ def add_lora(model: nn.Module, rank: int, alpha: int | None, targets: Sequence[s
 # --- limits --------------------------------------------------------------------------------------------------------
 
 
+def token_limit(
+    tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str | None, gguf_file: str | None = None
+) -> int:
+    """The most tokens that a sequence may have: the least of `max_length`, the tokenizer's limit, and the positions of
+    the checkpoint `name`, of which only the configuration is read.
+
+    Raises:
+        UserError: there is no such checkpoint, or its architecture has no sequence classifier.
+    """
+    positions = None if name is None else _checkpoint_positions(base_of_adapter(name) or name, gguf_file)
+    return min(filter(None, (max_length, tokenizer.model_max_length, positions)))
+
+
+def _checkpoint_positions(name: str, gguf_file: str | None) -> int | None:
+    try:
+        config = AutoConfig.from_pretrained(name, **_files(gguf_file))
+        with torch.device("meta"):
+            return position_limit(AutoModelForSequenceClassification.from_config(config))
+    except CANNOT_LOAD as error:
+        raise UserError(f"{name}: {first_line(error)}") from error
+
+
 def position_limit(model: nn.Module) -> int | None:
     """The longest sequence, in tokens, for which `model` has positions; None if it computes them."""
     limits = [
@@ -334,32 +356,16 @@ def position_limit(model: nn.Module) -> int | None:
     return min(limits, default=None)
 
 
+def _holds_positions(name: str) -> bool:
+    return name == "wpe" or ("position" in name and "relative" not in name)
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """The number of tokens that `model` has embeddings for; None if it is not known."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", None)
     except (AttributeError, NotImplementedError):
         return None
-
-
-def _holds_positions(name: str) -> bool:
-    return name == "wpe" or ("position" in name and "relative" not in name)
-
-
-def checkpoint_position_limit(name: str, gguf_file: str | None = None) -> int | None:
-    """`position_limit` of a checkpoint, from its configuration alone.
-
-    Raises:
-        UserError: there is no such checkpoint, or its architecture has no sequence classifier.
-    """
-    name = base_of_adapter(name) or name
-    try:
-        with torch.device("meta"):
-            return position_limit(
-                AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name, **_files(gguf_file)))
-            )
-    except CANNOT_LOAD as error:
-        raise UserError(f"{name}: {first_line(error)}") from error
 
 
 # --- a small new one -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tokenised pairs as one padded batch: all chosen sequences, then all rejected ones."""
+"""Makes one padded batch of tokenised pairs: all chosen sequences, then all rejected ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from normbt_kernels.data.tokens import CONSTANTS, check_ids
 class PreferenceCollator:
     """Pads tokenised pairs into one batch in halves layout: row i is preferred to row i + B.
 
-    Pads on `tokenizer.padding_side` with `tokenizer.pad_token_id`. The attention mask comes from the lengths,
-    so a pad token that also occurs in the text (pad == eos) does no harm.
+    Pads on `tokenizer.padding_side` with `tokenizer.pad_token_id`. The attention mask follows the lengths, so a pad
+    token that also occurs in the text (pad == eos) does no harm.
 
     Args:
         tokenizer: gives the pad token and the side.

@@ -1,4 +1,4 @@
-"""A look at the data before anything is trained on it: ten lines, and a refusal where training would be hopeless."""
+"""Looks at the data before training: tells in about ten lines what they are, and refuses hopeless ones."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def look(
 
     Args:
         train: the training pairs, with what was left out of them.
-        held_out: the rows that are judged on.
+        held_out: the rows on which the models are judged.
         tokenizer: says which tokens are unknown.
-        max_length: the limit that pairs were held to.
+        max_length: the most tokens that a sequence may have.
 
     Raises:
         UserError: all held-out pairs are trained on.

@@ -1,10 +1,10 @@
-"""Sequences of unequal length side by side in few rows, in place of one row each and padding behind the short ones.
+"""Packs sequences of unequal length side by side into few rows, instead of one padded row for each.
 
     padded   (N, S)   a a a . . .      packed   (R, L)   a a a b b .    position_ids   0 1 2 0 1 0
                       b b . . . .                        c c c c c c                   0 1 2 3 4 5
                       c c c c c c                        last_token 2, 4, 11
 
-`position_ids` begin anew with each sequence: transformers sees by them where one ends, and lets none attend to another.
+`position_ids` begin anew with each sequence. By them transformers sees where a sequence ends, and keeps it to itself.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def pack(
         input_ids: `(N, S)` int64, padded on either side.
         attention_mask: `(N, S)`, None if nothing is padded on the left.
         pad_token_id: of the padding, and of what is left over at the end of a row.
-        one_row: all sequences in a single row, which attention of variable length (flash attention) is made for.
-        row_length: L otherwise; without it that of the longest sequence, so that no mask over the rows is larger than
-            the padded one.
+        one_row: put all sequences into a single row, for attention of variable length (flash attention).
+        row_length: otherwise L. By default the length of the longest sequence, so that no mask over the rows is larger
+            than that of the padded batch.
 
     Returns:
         `input_ids`, `position_ids` `(R, L)` int64; `last_token` `(N,)` int64, where each sequence ends in the
@@ -57,7 +57,7 @@ def pack(
     position_ids = torch.zeros_like(packed).index_copy(0, of_kept, (position - first)[kept])
     batch = {
         "input_ids": packed.view(num_rows, row_length),
-        "position_ids": position_ids.view(num_rows, row_length),  # what is left over: sequences of one token
+        "position_ids": position_ids.view(num_rows, row_length),  # 0 in the rest of a row: sequences of one token
         "last_token": start + (last - first).flatten(),
     }
     if one_row:
@@ -78,8 +78,8 @@ def unpack(input_ids: Tensor, position_ids: Tensor, last_token: Tensor, pad_toke
 
 
 def _place(lengths: list[int], row_length: int) -> tuple[list[int], int]:
-    """Where each sequence begins in the flattened rows, and their number: in order if one row holds them all, otherwise
-    each, the longest first, in the first row that has room for it."""
+    """Where each sequence begins in the flattened rows, and the number of rows. If one row holds all, they stand in
+    order. Otherwise the longest come first, each in the first row that has room for it."""
     if sum(lengths) <= row_length:
         return [0, *accumulate(lengths)][:-1], 1
     starts, filled = [0] * len(lengths), []

@@ -1,9 +1,9 @@
-"""A row of user data, checked, and the preference pair that it becomes.
+"""Checks a row of user data and makes a preference pair of it.
 
     row {chosen, rejected, prompt?, system?, tools?, chat_template_kwargs?, margin?, pair_weight?, category?}
       -> Preference: two complete texts, or two complete conversations of whole messages
 
-Every complaint about the data names the source and the row, counted from 1.
+Every error about the data names the source and the row, counted from 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from normbt_kernels.data import STDLIB_FAULTS
 from normbt_kernels.data.rows import read_rows
 from normbt_kernels.errors import UserError
 
-Message = dict[str, Any]  # role, content, and whatever else the chat template reads (tool_calls, reasoning, ...)
+Message = dict[str, Any]  # role, content, and anything else that the chat template reads (tool_calls, ...)
 Text = str | list[Message]  # plain text, or a conversation
 
 OPTIONAL_COLUMNS = ("margin", "pair_weight", "category")  # in every row or in none

@@ -1,4 +1,4 @@
-"""The unchanged rows of a data file or a hub data set: numbered from 1, one JSON-like value each."""
+"""Reads the rows of a data file or a hub data set, numbered from 1 and unchanged: each is a JSON-like value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any
 from normbt_kernels.errors import UserError, first_line
 
 Rows = Iterator[tuple[int, Any]]
-NUMBERS = ("margin", "pair_weight")  # columns that a CSV file spells out
+NUMBERS = ("margin", "pair_weight")  # columns whose values a CSV file holds as text
 
 
 def read_rows(source: str, config: str | None, split: str) -> Rows:
@@ -76,7 +76,7 @@ def _csv_value(name: str, value: str | None) -> str | float | None:
     try:
         return float(value) if name in NUMBERS else value
     except ValueError:
-        return value  # the check of the row will name it
+        return value  # the check of the row will refuse it
 
 
 def _readable(lines: IO[bytes], path: Path) -> Iterator[bytes]:

@@ -34,7 +34,7 @@ VERSIONS_OF_A_FUNCTION = 3  # training pairs of each kind, with different faults
 VOCABULARY = 2048
 MAX_TOKENS = 256
 
-# How much worse the rejected text is, as an annotator would rate it, for the losses that use a margin.
+# How much worse an annotator would rate the rejected text, for the losses that use a margin.
 FINE_MARGIN, COARSE_MARGIN = 1.0, 2.0
 
 OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {
@@ -95,7 +95,7 @@ def functions() -> tuple[Function, ...]:
         module = path.with_suffix("").as_posix()
         try:
             tree = ast.parse((library / path).read_bytes())
-        except (SyntaxError, ValueError):  # some files show errors on purpose
+        except (SyntaxError, ValueError):  # some files hold errors on purpose
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -165,7 +165,7 @@ def _coarse_pair(function: Function, others: list[Function], rng: random.Random)
 
 
 def faults(tree: ast.AST, rng: random.Random) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Each fault that can be put into a function's `tree`: its kind, and what puts it there. Each changes the text."""
+    """Each fault that a function's `tree` can get: its kind, and a call that makes it. Each changes the text."""
     nodes = list(ast.walk(tree))
     variables = sorted(
         {node.arg for node in nodes if isinstance(node, ast.arg)}
@@ -225,7 +225,7 @@ def _trained_tokenizer() -> str:
     return tokenizer.to_str()
 
 
-def stdlib_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE, trained here on the functions of the training modules."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained_tokenizer()),
@@ -235,6 +235,6 @@ def stdlib_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def stdlib_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
     """A Llama of 3 layers and 96 hidden units with a scalar head, drawn from torch's current seed."""
     return new_llama(tokenizer, hidden_size=96, intermediate_size=256, num_layers=3, max_tokens=MAX_TOKENS)

@@ -1,4 +1,4 @@
-"""What measured errors, distances and gradients say: slopes, shares, and the decomposition by error and distance."""
+"""Computes slopes, shares, and means by error and distance from measured errors, distances and gradients."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from normbt_kernels.diagnostics import report
 
 PARTS = ("head", "backbone")
 QUARTILES = (0.25, 0.5, 0.75)
-FEWEST_PAIRS = 10  # that a slope is fitted to
-# By how much the slopes within quarters of the pairs by error may differ from that of all, beyond their intervals, on
-# average over the gradient that the quarters receive. At 0.25 a pair twice as far apart has 1.2 times the gradient.
+FEWEST_PAIRS = 10  # to which a slope is fitted
+# The slopes within quarters of the pairs by error may differ from that of all by this much beyond their intervals, on
+# average over the gradient that the quarters receive. Slope 0.25: twice as far, 1.2 times the gradient.
 TOLERANCE = 0.25
 
 
@@ -24,8 +24,8 @@ TOLERANCE = 0.25
 class Slope:
     """Slope of log gradient norm on log distance at a fixed error, its 95% interval, and the pairs it is fitted to.
 
-    Numbers are rounded to 4 decimals, the ends of the interval outwards: where the slope is exact (BT's head), the
-    interval would otherwise be narrower than a rounding error.
+    Numbers are rounded to 4 decimals, and the ends of the interval outwards: otherwise the interval of an exact slope
+    (BT's head) would be narrower than a rounding error.
     """
 
     slope: float
@@ -37,9 +37,9 @@ class Slope:
 def slope_at_fixed_error(log_norm: np.ndarray, log_distance: np.ndarray, log_error: np.ndarray) -> Slope | None:
     """Least squares of log(norm / error) on log distance, (P,) each; pairs that are not finite are left out.
 
-    A gradient is exactly error times sensitivity, so that the coefficient of log error is 1 and is not fitted. The
-    interval is slope +- 1.96 standard errors that hold for unequal variances (HC3: MacKinnon and White, 1985). None
-    with fewer than 10 pairs, or where the distances are all equal, or those of all but one.
+    A gradient is exactly error times sensitivity, so the coefficient of log error is 1 and is not fitted. The interval
+    is slope +- 1.96 standard errors that hold for unequal variances (HC3: MacKinnon and White, 1985). Returns None for
+    fewer than 10 pairs, and if all distances, or all but one, are equal.
     """
     usable = np.isfinite(log_norm) & np.isfinite(log_distance)
     if usable.sum() < FEWEST_PAIRS or log_distance[usable].std() < 1e-6:
@@ -49,7 +49,7 @@ def slope_at_fixed_error(log_norm: np.ndarray, log_distance: np.ndarray, log_err
     inverse = np.linalg.pinv(design)
     coefficients = inverse @ y
     leverage = np.einsum("ij,ji->i", design, inverse)
-    if leverage.max() > 1 - 1e-9:  # the slope goes through that pair, wherever it lies: nothing tells how sure it is
+    if leverage.max() > 1 - 1e-9:  # the line goes through one pair wherever it lies, so its error cannot be estimated
         return None
     residual = (y - design @ coefficients) / (1 - leverage)
     slope, spread = coefficients[-1], 1.96 * np.linalg.norm(inverse[-1] * residual)
@@ -67,11 +67,11 @@ class Diagnosis:
         sample: `(M,)` numbers of the pairs whose backbone gradient was measured.
         sensitivity: `(M,)` ||d difference / d backbone||_2; times the error it is the norm of BT's gradient.
         categories: of each pair, if the data have them.
-        number: `(P,)` place of each pair among those that were given, counted from 1.
-        num_left_out: pairs that were too long, or the same tokens on both sides.
+        number: `(P,)` position of each pair in the input, counted from 1.
+        num_left_out: pairs that were too long, or had the same tokens on both sides.
         eps, max_weight: of NormBT's weight.
 
-    `print(diagnosis)` shows the table, `summary()` gives everything in it for JSON, `plot(path)` draws the figure.
+    `print(diagnosis)` shows the table, `summary()` returns its content for JSON, `plot(path)` draws the figure.
     """
 
     difference: np.ndarray
@@ -102,14 +102,14 @@ class Diagnosis:
 
     @property
     def powers(self) -> dict[str, float]:
-        """The losses that are compared: BT, NormBT, and NormBT with the recommended power if there is one."""
+        """The power of each loss that is compared: BT, NormBT, and the recommended power if there is one."""
         power = self.recommended_power
         return {"bt": 0.0, "normbt": 1.0} | ({} if power is None else {"recommended": power})
 
     @cached_property
     def recommended_power(self) -> float | None:
-        """The slope of the backbone's gradient, to 2 decimals: the power of the distance that undoes it. 0 if the
-        gradient does not grow with the distance. None where no single power describes the model (`disagreement`)."""
+        """The slope of the backbone's gradient, to 2 decimals: this power of w removes the growth with the distance; 0
+        if there is no growth, None if no single power describes the model (`disagreement`)."""
         if self.disagreement is not None:
             return None
         return max(0.0, round(self.slope("backbone", 0.0).slope, 2))
@@ -125,7 +125,7 @@ class Diagnosis:
 
     @cached_property
     def disagreement(self) -> str | None:
-        """Why no power is recommended, None if one is."""
+        """Why no power is recommended; None if one is."""
         slope, quartiles = self.slope("backbone", 0.0), self.quartile_slopes
         if slope is None or None in quartiles:
             return (
@@ -143,7 +143,7 @@ class Diagnosis:
 
     @property
     def correlation(self) -> float | None:
-        """Of log error and log distance over the sampled pairs; None if one of them does not vary."""
+        """Correlation of log error and log distance over the sampled pairs; None if one of them does not vary."""
         pairs = self.sample[self.distance[self.sample] > 0]
         error, distance = self.log_error[pairs], np.log(self.distance[pairs])
         if len(pairs) < 2 or min(error.std(), distance.std()) < 1e-6:
@@ -157,7 +157,7 @@ class Diagnosis:
     def log_gradient(self, part: str, power: float) -> np.ndarray:
         """Log norm of each member's gradient with respect to `part`, under NormBT with this power (0: BT)."""
         pairs = self.members(part)
-        with np.errstate(divide="ignore"):  # where the distance is 0, the head has no gradient
+        with np.errstate(divide="ignore"):  # a pair of distance 0 gives the head no gradient
             of_difference = np.log(self.distance if part == "head" else self.sensitivity)
         return self.log_error[pairs] + of_difference + np.log(self.weight(power)[pairs])
 
@@ -170,9 +170,9 @@ class Diagnosis:
         return slope_at_fixed_error(*(value[among] for value in values))
 
     def shares(self, part: str, power: float, groups: Sequence[np.ndarray]) -> list[float]:
-        """What each group of pairs, a `(P,)` mask, receives of the sum of all members' gradient norms."""
+        """The share of the sum of all members' gradient norms that each group of pairs, a `(P,)` mask, receives."""
         log_norms = self.log_gradient(part, power)
-        norms = np.exp(log_norms - log_norms.max())  # so that a model that is sure of all pairs leaves no 0 / 0
+        norms = np.exp(log_norms - log_norms.max())  # without the max, a model sure of all pairs gives 0 / 0
         return [float(norms[group[self.members(part)]].sum() / norms.sum()) for group in groups]
 
     def mean(self, part: str, power: float, group: np.ndarray) -> float | None:
@@ -181,7 +181,7 @@ class Diagnosis:
         return float(norms.mean()) if len(norms) else None
 
     def summary(self) -> dict[str, Any]:
-        """Everything that is reported, as JSON has it."""
+        """Everything that is reported, in plain JSON types."""
         error = np.exp(self.log_error)
         by_error, error_edges = _quarters(error)
         by_distance, distance_edges = _quarters(self.distance)
@@ -224,7 +224,7 @@ class Diagnosis:
         return summary | {"sentence": report.sentence(summary)}
 
     def _group(self, group: np.ndarray, name: dict[str, Any]) -> dict[str, Any]:
-        """What is said of each cell and category; `group` is a `(P,)` mask."""
+        """The figures of one cell or category; `group` is a `(P,)` mask."""
         some = group.any()  # a cell may be empty
         return name | {
             "num_pairs": int(group.sum()),
@@ -246,7 +246,7 @@ class Diagnosis:
         return report.table(self.summary())
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws gradient norm against distance, coloured by error, one panel a loss, as a PNG. Needs matplotlib."""
+        """Draws gradient norm against distance, coloured by error, a panel per loss, as a PNG. Needs matplotlib."""
         report.draw(self.summary(), path)
 
 

@@ -1,4 +1,4 @@
-"""Reads preference pairs off a model: rewards and distances of all, the backbone's gradient of some, one by one."""
+"""Measures preference pairs on a model: rewards and distances of all, and the backbone's gradient of a sample."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def diagnose(
 ) -> Diagnosis:
     """Measures error, distance and gradient norms of preference pairs under `model`, which is left as it was.
 
-    One pass without gradients over all pairs; then the backbone's gradient of `num_gradients` pairs, spread evenly over
-    the order of distance, one pair at a time: memory for one pair's activations and one gradient of the model.
-    Dropout is off. Rewards and distances are computed in fp32 (fp64 for an fp64 model) from the hidden states at the
-    last real token, as in training with `NormBTTrainer`. The loss is BT without margins, weights or smoothing.
+    First it makes one pass over all pairs without gradients. Then it measures the backbone's gradient of
+    `num_gradients` pairs, spread evenly over the order of distance, one pair at a time. This needs memory for the
+    activations of one pair and one gradient of the model. Dropout is off. Rewards and distances are computed in fp32
+    (fp64 for an fp64 model) from the hidden states at the last real token, as in training with `NormBTTrainer`. The
+    loss is BT without margins, weights or smoothing.
 
         diagnosis = diagnose(model, tokenizer, pairs)
         print(diagnosis)                     # slopes, shares and means as a table, and one sentence
@@ -48,16 +49,16 @@ def diagnose(
 
     Args:
         model: a classifier with a scalar head, on one device; gradients are taken for its weights that require them.
-        tokenizer: lays pairs out and pads them; it needs a pad token.
+        tokenizer: tokenises and pads the pairs; it needs a pad token.
         pairs: rows with `chosen` and `rejected` as text or messages, optional `prompt`, `category` or `subset`; or with
             the token ids `chosen_ids` and `rejected_ids`, optional `category`.
         num_gradients: pairs whose backbone gradient is measured; all of them if there are fewer.
         batch_size: pairs per forward pass of the pass over all pairs.
-        max_length: pairs with a sequence of more tokens are left out, and counted; so are pairs with the same tokens on
+        max_length: pairs with a sequence of more tokens are left out and counted, as are pairs with the same tokens on
             both sides, which have no distance.
         eps, max_weight: of NormBT's weight, as in `normbt_loss`.
-        partial: where to keep results as they come, to be continued by the same call after a stop: two files,
-            `partial_files(partial)`, that the caller removes.
+        partial: keeps results as they come in two files, `partial_files(partial)`, from which the same call continues
+            after a stop. The caller removes them.
 
     Returns:
         The `Diagnosis`: host arrays of the P pairs that are short enough and the M <= `num_gradients` sampled ones.
@@ -120,7 +121,7 @@ def diagnose(
 
 
 def partial_files(partial: Path) -> tuple[Path, Path]:
-    """Where rewards and distances, and gradients, are kept until the diagnosis is written."""
+    """The files that keep rewards with distances, and gradients, until the diagnosis is written."""
     rewards, gradients = (partial.with_name(f"{partial.name}.{name}") for name in ("rewards", "gradients"))
     return rewards, gradients
 
@@ -135,7 +136,7 @@ def _token_ids(pairs: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenize
 
 
 def spread_evenly(distance: np.ndarray, num_sampled: int) -> np.ndarray:
-    """Numbers of `num_sampled` pairs, at equal steps through the order of `distance`: as many from each quartile."""
+    """Numbers of `num_sampled` pairs, at equal steps in the order of `distance`: each quarter has as many."""
     num_sampled = min(num_sampled, len(distance))
     steps = (np.arange(num_sampled) + 0.5) * len(distance) / num_sampled
     return np.argsort(distance, kind="stable")[steps.astype(int)]
@@ -143,7 +144,7 @@ def spread_evenly(distance: np.ndarray, num_sampled: int) -> np.ndarray:
 
 @contextmanager
 def _reading(model: nn.Module, head: Head) -> Iterator[HeadReader]:
-    """Reads the head of `model` in evaluation mode, and leaves the model as it was."""
+    """A reader of the head of `model`, which is in evaluation mode meanwhile and afterwards as it was."""
     modes = [(module, module.training) for module in model.modules()]
     reader = HeadReader(head)
     model.eval()
@@ -156,7 +157,7 @@ def _reading(model: nn.Module, head: Head) -> Iterator[HeadReader]:
 
 
 class _Probe:
-    """Reads pairs of `rows` off the model: what its head sees, and the gradient of their difference of rewards."""
+    """Measures pairs of `rows` on the model: rewards, distances, and the gradient of the difference of rewards."""
 
     def __init__(
         self, model: nn.Module, head: nn.Linear, reader: HeadReader, collate: PreferenceCollator, rows: Sequence[Any]
@@ -181,7 +182,7 @@ class _Probe:
         return torch.linalg.vector_norm(torch.stack(norms)).item()
 
     def _hidden(self, pairs: Sequence[int]) -> Tensor:
-        """What the rewards of all chosen, then all rejected sequences are computed from, (2P, H)."""
+        """The rows that the head reads of all chosen, then all rejected sequences, (2P, H)."""
         batch = self.collate([self.rows[i] for i in pairs])
         inputs = {name: batch[name].to(self.head.weight.device) for name in ("input_ids", "attention_mask")}
         self.reader.expect(inputs["input_ids"])

@@ -1,26 +1,27 @@
-"""What `diagnose` found, as a table on the terminal, one plain sentence, and a figure."""
+"""Shows what `diagnose` found: a table on the terminal, a plain sentence, and a figure."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from normbt_kernels.results import aligned
 
 QUARTERS = ("closest", "2nd", "3rd", "farthest")
 ERRORS = ("least error", "2nd quarter by error", "3rd quarter by error", "largest error")
 
 
 def labels(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The losses that are compared, as the reader knows them."""
+    """What each loss is called."""
     known = {"bt": "BT", "normbt": "NormBT"}
     return {loss: known.get(loss, f"power {power:g}") for loss, power in summary["powers"].items()}
 
 
 def sentence(summary: Mapping[str, Any]) -> str:
-    """What NormBT would change, in one sentence, and which power to train with, in another."""
+    """One sentence about what NormBT would change, and one about the power to train with."""
     shares = summary["distance_quartiles"]["share_of_gradient"]["backbone"]
     (near, *_, far), (near_after, *_, far_after) = shares["bt"], shares["normbt"]
     shift = (
@@ -46,7 +47,7 @@ def _interval(slope: Mapping[str, float] | None) -> str:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Slopes, shares by distance, the decomposition, and categories, as text."""
+    """Slopes, shares by distance, means by error and distance, and categories, as text."""
     left_out = f", {summary['num_left_out']} too long or identical left out" if summary["num_left_out"] else ""
     lines = [
         f"{summary['num_pairs']} pairs{left_out}; backbone gradients of {summary['num_gradients']} of them",
@@ -64,93 +65,75 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def _slopes(summary: Mapping[str, Any]) -> list[str]:
-    names = labels(summary).values()
-    lines = [f"{'slope of log gradient norm on log distance':44}" + "".join(f"{name:>24}" for name in names)]
-    for part, slopes in summary["slopes"].items():
-        lines.append(f"  {part:42}" + "".join(f"{_interval(slope):>24}" for slope in slopes.values()))
-    for name, slope in zip(ERRORS, summary["slopes_by_error_quartile"], strict=True):
-        lines.append(f"  {'backbone, ' + name:42}{_interval(slope):>24}")
+    rows = [["slope of log gradient norm on log distance", *labels(summary).values()]]
+    rows += [[f"  {part}", *map(_interval, slopes.values())] for part, slopes in summary["slopes"].items()]
+    by_error = zip(ERRORS, summary["slopes_by_error_quartile"], strict=True)
+    rows += [[f"  backbone, {name}", _interval(slope)] for name, slope in by_error]
     correlation = summary["correlation_of_log_error_and_log_distance"]
     return [
-        *lines,
+        *aligned(rows),
         "  at a fixed prediction error, with its 95% interval; 1: proportional to the distance, 0: unrelated",
         f"  log error and log distance correlate at {'-' if correlation is None else f'{correlation:.3f}'}",
     ]
 
 
 def _shares(summary: Mapping[str, Any]) -> list[str]:
-    edges = summary["distance_quartiles"]["edges"]
-    lines = [f"{'share of the gradient, by distance':44}" + "".join(f"{name:>12}" for name in QUARTERS)]
-    bounds = [*(f"to {edge:.3g}" for edge in edges), f"over {edges[-1]:.3g}"]
-    lines.append(f"{'':44}" + "".join(f"{bound:>12}" for bound in bounds))
+    rows = [["share of the gradient, by distance", "", *QUARTERS]]
+    rows.append(["", "", *_bounds(summary["distance_quartiles"]["edges"])])
     for part, shares in summary["distance_quartiles"]["share_of_gradient"].items():
         for loss, label in labels(summary).items():
-            lines.append(f"  {part:10}{label:32}" + "".join(f"{share:12.1%}" for share in shares[loss]))
-    return lines
+            rows.append([f"  {part}", label, *(f"{share:.1%}" for share in shares[loss])])
+    return aligned(rows)
+
+
+def _bounds(edges: Sequence[float]) -> list[str]:
+    return [*(f"to {edge:.3g}" for edge in edges), f"over {edges[-1]:.3g}"]
 
 
 def _decomposition(summary: Mapping[str, Any]) -> list[str]:
     """Mean gradient norms: error downwards, distance to the right, BT beside NormBT."""
-    compared = ("bt", "normbt")
-    edges = summary["bins"]["error_edges"]
-    bounds = [*(f"to {edge:.3g}" for edge in edges), f"over {edges[-1]:.3g}"]
-    lines = [f"{'mean gradient norm':22}{'BT, by distance':^36}  {'NormBT, by distance':^36}"]
+    cells = summary["bins"]["cells"]
+    rows = [["mean gradient norm, by distance", "BT:", "", "", "", "NormBT:", "", "", ""]]
     for part in summary["slopes"]:
-        lines.append(
-            f"{part + ', by error':22}" + "  ".join("".join(f"{name:>9}" for name in QUARTERS) for _ in compared)
-        )
-        for i, bound in enumerate(bounds):
-            cells = [
-                cell["mean_gradient"][part] for cell in summary["bins"]["cells"] if cell["error_quartile"] == i + 1
-            ]
-            blocks = ("".join(_number(cell[loss]) for cell in cells) for loss in compared)
-            lines.append(f"  {bound:20}" + "  ".join(blocks))
-    return lines
+        rows.append([f"{part}, by error", *QUARTERS, *QUARTERS])
+        for quartile, bound in enumerate(_bounds(summary["bins"]["error_edges"]), start=1):
+            means = [cell["mean_gradient"][part] for cell in cells if cell["error_quartile"] == quartile]
+            rows.append([f"  {bound}", *(_number(mean[loss]) for loss in ("bt", "normbt") for mean in means)])
+    return aligned(rows)
 
 
 def _number(value: float | None) -> str:
-    return f"{'-':>9}" if value is None else f"{value:9.2g}"
+    return "-" if value is None else f"{value:.2g}"
 
 
 def _categories(summary: Mapping[str, Any]) -> list[str]:
-    width = max(len(category["name"]) for category in summary["categories"]) + 2
-    names = labels(summary).values()
-    lines = [
-        f"{'':{width + 33}}{'share of head gradient':>{12 * len(names)}}{'of backbone gradient':>{12 * len(names)}}",
-        f"{'category':{width}}{'pairs':>7}{'accuracy':>9}{'error':>7}{'distance':>10}"
-        + "".join(f"{name:>12}" for name in names) * 2,
-    ]
+    names = list(labels(summary).values())
+    space = [""] * (len(names) - 1)
+    rows = [["", "", "", "", "share of", "head:", *space, "backbone:", *space]]
+    rows.append(["category", "pairs", "accuracy", "error", "distance", *names, *names])
     for category in summary["categories"]:
-        lines.append(
-            f"{category['name']:{width}}{category['num_pairs']:7}{category['accuracy']:9.3f}"
-            f"{category['mean_error']:7.3f}{category['mean_distance']:10.3g}"
-            + "".join(f"{share:12.1%}" for of in category["share_of_gradient"].values() for share in of.values())
-        )
-    return lines
+        shares = (share for of_part in category["share_of_gradient"].values() for share in of_part.values())
+        rows.append([
+            category["name"], str(category["num_pairs"]), f"{category['accuracy']:.3f}",
+            f"{category['mean_error']:.3f}", f"{category['mean_distance']:.3g}", *(f"{share:.1%}" for share in shares),
+        ])  # fmt: skip
+    return aligned(rows)
 
 
 # --- figure ------------------------------------------------------------------------------------------------------
 
 
-def can_draw() -> bool:
-    """Whether matplotlib is installed; says so if not."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no figure: it needs matplotlib (pip install 'normbt-kernels[plot]')")
-        return False
-    return True
-
-
 def draw(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """The backbone's gradient norm against distance, one point per pair, coloured by error: a panel for each loss.
+    """Draws the backbone's gradient norm against distance: one panel per loss, one point per pair, coloured by error.
 
-    A line has the slope fitted to one quarter of the pairs by error, and runs over these pairs alone, in the colour of
-    their median error.
+    Each line has the slope that was fitted to one quarter of the pairs by error. It spans these pairs only, in the
+    colour of their median error.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     sample = summary["sample"]
-    shown = np.array(sample["backbone_gradient"]["bt"]) > 0  # the others have no place on a logarithmic axis
+    shown = np.array(sample["backbone_gradient"]["bt"]) > 0  # a logarithmic axis has no place for 0
     distance, error = np.array(sample["distance"])[shown], np.array(sample["error"])[shown]
     quarter = np.searchsorted(np.quantile(error, [0.25, 0.5, 0.75]), error)
     names = labels(summary)

@@ -1,8 +1,9 @@
-"""What a reward model is judged by: its rewards, and how each benchmark counts them.
+"""How a reward model is judged: its rewards, and how each benchmark counts them. A new benchmark is a new file here and
+a name in commands/benchmark.py.
 
 rewards.py        the rewards of pairs and of sequences
-rewardbench.py    RewardBench, and any pairs of one's own
-questions.py      a question with several answers, which the others are made of
+rewardbench.py    RewardBench, and any other pairs
+questions.py      a question with several answers: the others consist of them
 rewardbench2.py   RewardBench 2: the best of four, and Ties
 rm_bench.py       RM-Bench: three styles of each answer
 judgebench.py     JudgeBench: pairs by source

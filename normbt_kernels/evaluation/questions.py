@@ -1,4 +1,4 @@
-"""A question with several answers, and what a benchmark says of a model's rewards for them."""
+"""A question with several answers, and the scores that a benchmark gives a model for its rewards."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Question:
     Attributes:
         answers: texts, at least one right and one wrong.
         num_right: how many of them are right.
-        subset: what the benchmark reports it under.
+        subset: the group to which the benchmark counts it.
         name: the benchmark's own name of the question.
-        where: names its row.
+        where: source and number of its row, for errors.
     """
 
     prompt: str
@@ -38,7 +38,7 @@ class Report:
     Attributes:
         rows: for each row its name, its number of questions and its scores.
         overall: the scores of the whole benchmark.
-        overall_is: what they are the mean of.
+        overall_is: says of what they are the mean.
         num_ties: right and wrong answers with equal rewards; every tie is wrong.
         num_nan: questions with a reward that is not a number, which wins no comparison.
     """
@@ -87,7 +87,7 @@ def num_nan(rewards: Sequence[np.ndarray]) -> int:
 
 
 def members(questions: Sequence[Question], of: Callable[[Question], str]) -> dict[str, list[int]]:
-    """The numbers of the questions by what `of` says of each, in the order of their first appearance."""
+    """The numbers of the questions, grouped by `of(question)`, in the order in which the groups first appear."""
     groups: dict[str, list[int]] = {}
     for number, question in enumerate(questions):
         groups.setdefault(of(question), []).append(number)

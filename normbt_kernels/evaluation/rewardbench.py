@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-# The weight of each subset in its section is its number of pairs. The exception is math-prm, which has 447 pairs and
-# counts as much as the six programming languages together.
+# The weight of a subset in its section is its number of pairs, except for math-prm: it has 447 pairs and counts as much
+# as the six programming languages together.
 SECTIONS = {
     "Chat": {
         "alpacaeval-easy": 100,
@@ -79,7 +79,7 @@ class Accuracy:
 
     @property
     def overall_is(self) -> str:
-        """What `overall` is the mean of."""
+        """Says of what `overall` is the mean."""
         for name, means in (("section", self.sections), ("subset", self.subsets)):
             if means:
                 return f"mean of {len(means)} {name}{'s' * (len(means) > 1)}"

@@ -24,8 +24,8 @@ def score_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chosen and rejected rewards, two fp32 arrays `(P,)`: the model's own logits, evaluated in its own dtype.
 
-    The logits are widened to fp32, not computed in it: a tie that a 16-bit model rounds to stays a tie. The longest
-    pairs come first, so that a batch too large for the memory fails at once.
+    The logits are widened to fp32, not computed in it: two rewards that a 16-bit model rounds to a tie stay a tie. The
+    longest pairs come first, so that a batch too large for the memory fails at once.
 
     Args:
         model: a classifier with one label, on the device and in the dtype to use. Put into eval mode.

@@ -1,4 +1,4 @@
-"""NormBT in a trainer that is not ours: the loss stays plain Bradley-Terry, its gradient becomes NormBT's.
+"""NormBT in a trainer of somebody else's: the loss stays plain Bradley-Terry, and its gradient becomes NormBT's.
 
     forward    rho = ||h_c - h_r||_2, w = min(mu / (rho + eps), max_weight)        logits pass through as they are
     backward   with g the gradient of a pair's two rewards:
@@ -26,7 +26,7 @@ from normbt_kernels.integrations.optimizer_steps import follow_optimizer_of
 from normbt_kernels.modules import DistanceEMA, inside_backward
 from normbt_kernels.ops.pairs import RowPairs
 
-Scale = Callable[[Tensor], Tensor]  # the gradient of a batch's logits under BT -> under NormBT
+Scale = Callable[[Tensor], Tensor]  # gradient of a batch's logits under BT -> the same under NormBT
 
 
 def apply_normbt(
@@ -134,7 +134,7 @@ class PairWeights(DistanceEMA):
     def attach(self, head: nn.Linear, owner: nn.Module | None) -> None:
         self.to(head.weight.device).train(head.training)
         self._inputs = ModelInputs(owner)
-        # First, because a pooled head's own hook expands the (N, 1) rewards that are wanted here.
+        # This hook runs first: a pooled head's own hook expands the (N, 1) rewards that it needs.
         self._hook = head.register_forward_hook(self._after_head, prepend=True, with_kwargs=True)
         head.normbt = self
 
@@ -150,7 +150,7 @@ class PairWeights(DistanceEMA):
 
     @torch._disable_dynamo  # torch.compiler.disable, which would import half of torch with this package
     def _weigh(self, head: nn.Module, hidden: Tensor, inputs: Mapping[str, Any], logits: Tensor) -> None:
-        """Hooks the gradient of the logits, (N, S, 1) or (N, 1), if there will be one."""
+        """Hooks the gradient of the logits, (N, S, 1) or (N, 1), if they will get one."""
         if getattr(head, "_is_replica", False):
             raise ValueError(
                 "nn.DataParallel splits the pairs of a batch: start one process per GPU (torchrun or accelerate "
@@ -163,7 +163,7 @@ class PairWeights(DistanceEMA):
         if not logits.requires_grad:
             return
         if inside_backward():
-            # Of a checkpoint that repeats the forward for its tensors alone, or runs backward through it (reentrant).
+            # A checkpoint repeats the forward: for its tensors alone, or to run backward through it (reentrant).
             logits.register_hook(_refuse_reentrant_checkpoint)
             return
         if not self._knows_optimizers:
@@ -176,12 +176,12 @@ class PairWeights(DistanceEMA):
     # --- a batch of pairs ---
 
     def _score_pairs(self, hidden: Tensor, token: Tensor | None, logits: Tensor) -> Scale:
-        """Weighs the batch, and returns what the gradient of its logits goes through."""
+        """Weighs the batch, and returns the function through which the gradient of its logits goes."""
         weight, pooled = self.weigh(row_pairs(hidden, self.layout, token)), _pooled(token)
         return partial(self._scale_pairs, weight, pooled, self._sides(logits[pooled]).sum(dim=0))
 
     def _scale_pairs(self, weight: Tensor, pooled: tuple, reward_sum: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient of the logits under NormBT, in its own dtype, from that under BT; computed in fp32 or wider."""
+        """From `gradient`, that of the logits under BT, the one under NormBT: same dtype, computed in fp32 or wider."""
         _refuse_second_backward()
         dtype = torch.promote_types(gradient.dtype, weight.dtype)
         chosen, rejected = self._sides(gradient[pooled]).to(dtype)
@@ -216,7 +216,7 @@ class PairWeights(DistanceEMA):
         return partial(self._scale_apart, batch, pooled)
 
     def _scale_apart(self, batch: Apart, pooled: tuple, gradient: Tensor) -> Tensor:
-        """A side's gradient under NormBT, which is no other than under BT but for the weight: nothing else is in it."""
+        """The gradient of one side under NormBT: that under BT times the weight, as there is no centering term."""
         _refuse_second_backward()
         if batch.weight is None:
             raise ValueError("layout='apart': a backward came before the forward on the rejected sequences")
@@ -231,7 +231,7 @@ class PairWeights(DistanceEMA):
         return scaled
 
     def end_step(self) -> None:
-        self._chosen = None  # of a forward that was no part of the training
+        self._chosen = None  # left by a forward that was no part of the training
         super().end_step()
 
     # --- what the first backwards show ---
@@ -246,7 +246,7 @@ class PairWeights(DistanceEMA):
             )
 
     def _check_pairs(self, chosen: Tensor, rejected: Tensor, reward_sum: Tensor, dtype: torch.dtype) -> None:
-        """Under a Bradley-Terry loss the gradients of a pair cancel, but for centering, a multiple of r_c + r_r."""
+        """Under a Bradley-Terry loss the gradients of a pair cancel up to a multiple of r_c + r_r (centering)."""
         rest = chosen + rejected
         centering = (rest @ reward_sum / (reward_sum @ reward_sum)).nan_to_num(0, 0, 0).clamp(min=0)
         largest = torch.maximum(chosen.abs(), rejected.abs()).max()
@@ -262,7 +262,7 @@ class PairWeights(DistanceEMA):
         self._backwards_to_check -= 1
 
     # accelerate (FSDP2, cpu_ram_efficient_loading) sends a model to the meta device, shards it, and loads weights that
-    # it takes to be sharded too. mu and num_updates are no weights: they stay, and are not named meanwhile.
+    # it takes to be sharded too. mu and num_updates are no weights: they stay, and are left out of the state meanwhile.
     def _apply(self, fn, recurse=True):
         kept = dict(self._buffers), self.pending
         super()._apply(fn, recurse)
@@ -282,12 +282,12 @@ class PairWeights(DistanceEMA):
         self._waits_for_weights = False
 
     def __getstate__(self):
-        return super().__getstate__() | {"_knows_optimizers": False}  # a copy is trained by another
+        return super().__getstate__() | {"_knows_optimizers": False}  # another optimizer trains a copy
 
 
 @dataclass
 class Apart:
-    """Pairs whose sides pass the head in two forwards: what the first leaves for the second."""
+    """What the forward on the chosen sequences leaves for the one on the rejected sequences."""
 
     chosen: Tensor  # (P, H)
     weight: Tensor | None = None  # (P,), known in the second forward
@@ -295,7 +295,7 @@ class Apart:
 
 
 def _pooled(token: Tensor | None) -> tuple:
-    """What picks the rows that are scored, (N, ...), from (N, S, ...) or (N, ...)."""
+    """The index of the scored rows, (N, ...), in a tensor (N, S, ...) or, without `token`, (N, ...)."""
     return (slice(None),) if token is None else each_at(token)
 
 

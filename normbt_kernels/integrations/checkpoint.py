@@ -22,10 +22,10 @@ LOSS_STATE_NAME = "normbt.pt"
 
 
 class LossInCheckpoints:
-    """Before a `Trainer` in the bases of a class: `self.pair_loss` goes into every checkpoint.
+    """A base class to name before `Trainer`: it puts `self.pair_loss` into every checkpoint.
 
-    A resumed run continues with the saved mu, and the best model is evaluated with its own mu. A warning names a
-    checkpoint that has none.
+    A resumed run continues with the saved mu, and the best model is evaluated with its own mu. If a checkpoint has no
+    mu, a warning says so.
 
     A process that dies while it saves leaves a folder that is not whole. `train(resume_from_checkpoint=True)` skips it
     and takes the one before: a folder gets its `trainer_state.json` last, when every rank has written its files.
@@ -34,7 +34,7 @@ class LossInCheckpoints:
     pair_loss: nn.Module
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; `resume_from_checkpoint=True` means the last checkpoint that is whole."""
+        """As in `Trainer`, except that `resume_from_checkpoint=True` means the last checkpoint that is whole."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -75,7 +75,7 @@ class LossInCheckpoints:
 
 
 def last_whole_checkpoint(output_dir: str) -> str | None:
-    """The folder `checkpoint-<step>` of the most steps that was saved to its end, None if there is none."""
+    """The last folder `checkpoint-<step>` that was saved to its end; None if there is none."""
     folders = [folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(folder).isdecimal()]
     for folder in sorted(folders, key=lambda folder: int(_step(folder)), reverse=True):
         try:

@@ -8,7 +8,7 @@ rewardbench 0.1 runs on transformers 4.51, which loses what version 5 saves unde
                             (implied by the class)           -> model_input_names
                             chat_template.jinja              -> chat_template
 
-The rope settings are written in both spellings, the rest in the old one, which version 5 reads as well.
+The rope settings are written in both spellings. The rest is written in the old one, which version 5 reads too.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _config(config: Json, pad_token_id: int) -> Json:
     return config | _old_rope(config) | {"pad_token_id": pad_token_id}
 
 
-# What version 4 calls by names of the model's own. (Phi-3's scaling may have three keys, its type by the oldest name.)
+# Names that version 4 uses for one model only. (Phi-3's scaling may have three keys, and calls its type "type".)
 OLD_NAMES = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "phi3": {"rope_type": "type"},
@@ -182,11 +182,11 @@ def _old_rope(config: Json) -> Json:
 
 def _tokenizer_config(config: Json, tokenizer: PreTrainedTokenizerBase, inputs: Container[str]) -> Json:
     """`tokenizer_config.json` in the old spelling, which version 5 reads too. A tokenizer without a `tokenizer.json`
-    keeps its class, by which alone it can be loaded."""
+    keeps its class, because nothing else can load it."""
     config = dict(config)
     extra = config.pop("extra_special_tokens", [])
     if tokenizer.is_fast:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # rewardbench passes all that a tokenizer returns on to the model.
+    # rewardbench passes everything that a tokenizer returns to the model.
     names = [name for name in tokenizer.model_input_names if name in inputs]
     return config | {"additional_special_tokens": extra, "model_input_names": names}

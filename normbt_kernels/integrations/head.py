@@ -1,4 +1,4 @@
-"""The scalar head of a reward model: which layer it is, which rows it reads, and with what its model was called."""
+"""The scalar head of a reward model: which layer it is, which rows it reads, and the inputs of its model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Head:
         return self.module
 
     def warning_if_frozen(self) -> str | None:
-        """The warning that a frozen head deserves; None if the head is trained."""
+        """The warning about a frozen head; None if the head is trained."""
         if any(parameter.requires_grad for parameter in self.module.parameters()):
             return None
         return (
@@ -236,9 +236,9 @@ class HeadReader:
 
 
 class ModelInputs:
-    """Tells a head with what its model was called: kept before the model's forward, taken once, in the head's forward.
+    """Gives a head the inputs of its model: kept before the forward of the model, taken once, in that of the head.
 
-    A head sees only hidden states. It cannot know by itself at which token of a sequence its reward is read.
+    A head sees only hidden states. By itself it cannot know at which token of a sequence its reward is read.
 
     Args:
         owner: the module that calls the head, as `find_head` finds it.

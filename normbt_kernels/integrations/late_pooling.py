@@ -2,8 +2,8 @@
 
     (N, S, D) -> scored rows (N, 1, D) -> o_proj, mlp -> (N, 1, H) -> written into zeros (N, S, H)
 
-Nothing after that layer mixes tokens, and only the scored ones are read: their residual stream is what it always is,
-and that of the others a sum that nobody looks at. What the layer keeps for backward shrinks likewise.
+Nothing after that layer mixes tokens, and the model reads only the scored ones. Their residual stream is exact. That of
+the other tokens is not, but nobody reads it. The layer also keeps less for backward.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
 
 
 def modules_to_narrow(model: nn.Module) -> list[nn.Module]:
-    """What works token by token in the last layer, the last element of the last list of layers: its MLP, and the
-    projection at the end of its attention.
+    """The modules of the last layer that work token by token: its MLP, and the output projection of its attention.
+
+    The last layer is the last element of the last outermost `nn.ModuleList`.
 
     Raises:
         ValueError: there is no such layer, or it has no MLP of a known name.
@@ -48,10 +49,10 @@ def modules_to_narrow(model: nn.Module) -> list[nn.Module]:
 
 
 class Narrowing:
-    """Shows `module` the scored rows alone, and writes what it makes of them where they stand, into zeros.
+    """Gives `module` only the scored rows, and puts its results at their places in a tensor of zeros.
 
     Args:
-        scored: says which rows, (N,) indices into the flattened tokens of the forward in progress; None for all.
+        scored: returns the scored rows of the current forward, (N,) indices into its flattened tokens; None for all.
     """
 
     def __init__(self, module: nn.Module, scored: Callable[[], Tensor | None]):
@@ -86,13 +87,14 @@ class Narrowing:
 
 
 class OfEachForward:
-    """A value of each forward, for its modules: during the forward, and when a checkpoint repeats a layer in backward.
+    """Holds one value per forward. The modules read it in that forward, and when a checkpoint repeats a layer of it in
+    backward.
 
-    Autograd numbers each node when it makes it. What a layer's checkpoint repeats was made after the forward to which
-    it belongs began, and before the next one did.
+    Autograd numbers its nodes in the order in which it makes them. The nodes of a repeated layer were made after its
+    forward began and before the next one began, so their numbers tell the forward.
     """
 
-    MAX_KEPT = 1024  # forwards without backward between them; each is one index per sequence
+    MAX_KEPT = 1024  # forwards without a backward between them; each keeps one index per sequence
 
     def __init__(self):
         self._values: deque[tuple[int, Tensor | None]] = deque(maxlen=self.MAX_KEPT)
@@ -107,7 +109,7 @@ class OfEachForward:
         self._running = None
 
     def get(self) -> Tensor | None:
-        """The value of the forward that is running or being repeated; None between forwards."""
+        """The value of the forward that runs or is repeated; None between forwards."""
         if self._running is not None:
             return self._running[0]
         if torch._C._current_graph_task_id() == -1:
@@ -116,4 +118,4 @@ class OfEachForward:
         return next((value for number, value in reversed(self._values) if number <= node), None)
 
     def __reduce__(self):
-        return OfEachForward, ()  # a copy of the model has none of its graphs
+        return OfEachForward, ()  # a copy of the model has no forward that could be repeated

@@ -1,4 +1,4 @@
-"""When a model's optimizer steps, told to what sits inside the model, which nobody hands its optimizer."""
+"""Tells a loss inside a model when the optimizer of that model steps, although nobody gives it the optimizer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _models: weakref.WeakKeyDictionary[DistanceEMA, weakref.ref[nn.Module]] = weakre
 
 
 def follow_optimizer_of(model: nn.Module, ema: DistanceEMA) -> None:
-    """`ema` moves once for each step of whichever optimizer trains `model`, made before or later.
+    """Moves `ema` once for each step of the optimizers that train `model`, whether they exist already or not.
 
-    If none has been made yet, each forward is a step until the first one has stepped.
+    As long as no such optimizer exists, each forward is a step.
     """
     _hook_all_optimizers()
     _models[ema] = weakref.ref(model)
-    # type(), because isinstance() asks objects that pretend to be others, some of which warn about it.
+    # type(), because isinstance() looks up __class__, and some objects warn when it is read.
     optimizers = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
     ema.per_step = any(trains(optimizer, model) for optimizer in optimizers)
 
@@ -41,14 +41,14 @@ def _end_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def trains(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Whether `optimizer` holds a parameter of `model`, or what DeepSpeed has made of one."""
+    """Whether `optimizer` holds a parameter of `model`, or a tensor that DeepSpeed made from one."""
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = list(model.parameters())
     if not {id(parameter) for parameter in held}.isdisjoint(id(parameter) for parameter in own):
         return True
     if any(hasattr(parameter, "_z3_optimizer") for parameter in own):  # ZeRO-3
         return any(parameter._z3_optimizer.optimizer is optimizer for parameter in own)
-    # ZeRO-1 and 2: the optimizer's parameters are flat; those of the model know their part of them.
+    # ZeRO-1 and 2: the optimizer's parameters are flat, and each parameter of the model knows its part of them.
     parts = [parameter._hp_mapping for parameter in own if getattr(parameter, "_hp_mapping", None) is not None]
     memory = {parameter.untyped_storage().data_ptr() for parameter in held} if parts else set()
     return any(part.get_hp_fragment().untyped_storage().data_ptr() in memory for part in parts)

@@ -2,8 +2,7 @@
 
     hidden (N, S, H) -> rows (N, H) at the last real token -> rewards (N, 1) in fp32 -> logits (N, S, 1), expanded
 
-The classifier then picks `logits[i, its last token]` as it always does. Every token of a sequence has the reward of
-that one token.
+The classifier then picks `logits[i, its last token]` as before: every token of a sequence has the reward of that one.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class PooledHead(nn.Linear):
     def forward(self, rows: Tensor) -> Tensor:
         """Rewards (N, 1) of rows (N, H)."""
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        # A product and a sum, because autocast would run a matrix product in 16 bits.
+        # A product and a sum: autocast would run a matrix product in 16 bits.
         rewards = (rows.to(dtype) * self.weight.to(dtype)).sum(dim=-1, keepdim=True)
         return rewards if self.bias is None else rewards + self.bias.to(dtype)
 

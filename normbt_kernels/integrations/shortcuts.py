@@ -3,8 +3,8 @@
     late pooling   in the last layer only the scored tokens pass o_proj and the MLP      late_pooling.py
     padding-free   the sequences of a batch side by side, no token of padding            data/packing.py
 
-The model is called as ever and returns one reward for each sequence. The first forward is made both ways, without
-gradients, and compared: a model that is not made for a shortcut is refused in words.
+The model is called as before and returns one reward for each sequence. The first forward runs with and without each
+shortcut, without gradients, and the results are compared: a model for which a shortcut is not exact is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from normbt_kernels.errors import UserError, first_line
 from normbt_kernels.integrations.head import Head, HeadReader, find_head, last_token, mask_of
 from normbt_kernels.integrations.late_pooling import Narrowing, OfEachForward, modules_to_narrow
 
-# Attention that needs no mask over all pairs of tokens of a row; it takes a batch as one long row.
+# These kinds of attention need no mask over all pairs of tokens of a row, so a batch is one long row.
 VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 PACKED = ("input_ids", "position_ids", "last_token", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 MAX_MASK = 2**30  # entries of a mask over all pairs of tokens of each row, one byte each
@@ -31,25 +31,25 @@ MAX_MASK = 2**30  # entries of a mask over all pairs of tokens of each row, one 
 def install_shortcuts(model: nn.Module, *, late_pooling: bool = False, padding_free: bool = False) -> None:
     """Makes each forward of a decoder classifier cheaper, with the same rewards and gradients.
 
-    `model(input_ids=..., attention_mask=...)` returns logits (N, 1) as before, in training and in evaluation; what its
-    head sees are, with `padding_free`, the scored rows (N, H). `padding_free` also takes what `pack` returns, in place
-    of padded sequences: `model(**pack(...))`; packing padded ones itself makes the host wait for their lengths.
+    `model(input_ids=..., attention_mask=...)` returns logits (N, 1) as before, in training and in evaluation. With
+    `padding_free` the head sees only the scored rows (N, H). The model then also takes packed sequences,
+    `model(**pack(...))`; it packs padded ones itself, for which the host waits for their lengths.
 
-    The first forward is repeated both ways in evaluation mode, without gradients. The random state, the modes of all
-    modules and everything else are afterwards what they were.
+    The first forward is repeated with and without each shortcut in evaluation mode, without gradients. Afterwards the
+    random state and the modes of all modules are what they were.
 
-    Works on a bare or a peft model, before DDP, `fully_shard` and `torch.compile` (the model stays one graph; what is
-    done before and after it is not compiled), with gradient checkpointing of both kinds, and with `apply_normbt` and
-    `HeadReader`. Hidden states of the last layer, asked for by `output_hidden_states`, are right at the scored tokens.
+    Works on a bare or a peft model, before DDP, `fully_shard` and `torch.compile` (the model stays one graph; the code
+    before and after it is not compiled), with gradient checkpointing of both kinds, and with `apply_normbt` and
+    `HeadReader`. With `output_hidden_states`, the states of the last layer are right at the scored tokens only.
 
     Args:
         model: a classifier whose forward takes `input_ids`, padded on either side.
         late_pooling: in the last layer only the scored tokens pass the attention's output projection and the MLP.
-        padding_free: no token of padding is computed. Sequences end with the rightmost token that is not the pad token.
+        padding_free: padding is not computed. A sequence ends with the rightmost token that is not the pad token.
 
     Raises:
         ValueError: the model has no scalar head, has shortcuts already, or is not built like a decoder. At the first
-            forward: it computes something else by a shortcut, or cannot be called so.
+            forward: a shortcut changes what the head reads, or the model cannot be called with it.
     """
     head = find_head(model)
     if head.owner is None:
@@ -74,26 +74,26 @@ def remove_shortcuts(model: nn.Module) -> None:
 
 
 def packing_for(model: nn.Module) -> Literal["rows", "one row"]:
-    """The `packing` of a `PreferenceCollator` that suits the model's attention."""
+    """The `packing` that a `PreferenceCollator` needs for the attention of this model."""
     return "one row" if getattr(model.config, "_attn_implementation", None) in VARIABLE_LENGTH else "rows"
 
 
 class Shortcuts:
-    """The hooks of one model: what its forward is called with, what its head sees, what comes back."""
+    """The hooks of one model. They change the inputs of its forward, what its head sees, and what it returns."""
 
     def __init__(self, head: Head, late_pooling: bool, padding_free: bool):
         owner = head.owner
         self._head, self._names = head, tuple(inspect.signature(owner.forward).parameters)
         self._wanted = {"late_pooling": late_pooling, "padding_free": padding_free}
-        self._taken = dict(self._wanted)  # changes only while the first forward is compared
+        self._taken = dict(self._wanted)  # differs from it only while the first forward is compared
         self._compared = False
         self._scored = OfEachForward()  # (N,) the scored tokens of the flattened batch
-        self._packed_shape: torch.Size | None = None  # (R, L), while a packed batch is on its way to the head
-        self._rewards: Tensor | None = None  # of a packed batch, on their way to the logits
+        self._packed_shape: torch.Size | None = None  # (R, L) of a packed batch, during its forward
+        self._rewards: Tensor | None = None  # (N, 1) of a packed batch, from the head to the end of the forward
         narrow = modules_to_narrow(owner) if late_pooling else []
         self._hooks = [
             *(Narrowing(module, self._rows_of_last_layer) for module in narrow),
-            # Before those who note what the model is called with: they see what it computes.
+            # This hook runs first, so that other hooks see the inputs that the model computes with.
             owner.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
             owner.register_forward_hook(self._after_model, always_call=True),
         ]
@@ -128,7 +128,7 @@ class Shortcuts:
         return self._scored.get() if self._taken["late_pooling"] else None
 
     def _before_head(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-        """(R, L, H) -> (N, H): the layout in which every reader of a head knows the scored rows."""
+        """(R, L, H) -> (N, H), the scored rows: every reader of a head knows this layout."""
         if self._packed_shape is None:
             return None
         (hidden,) = args
@@ -140,7 +140,7 @@ class Shortcuts:
         return (hidden.flatten(0, 1).index_select(0, self._scored.get()),)
 
     def _after_head(self, head: nn.Module, args: tuple[Tensor, ...], rewards: Tensor) -> Tensor | None:
-        """What the model goes on with is of the shape that it expects, and is not read."""
+        """Keeps the rewards, and returns zeros of the shape that the model expects: nobody reads them."""
         if self._packed_shape is None:
             return None
         self._rewards = rewards
@@ -183,7 +183,7 @@ class Shortcuts:
                 "with attn_implementation='flash_attention_2' (pip install flash-attn) or 'flex_attention' (normbt "
                 "train: --attn-implementation), or take fewer or shorter sequences"
             )
-        # A mask hides from transformers that the sequences are packed, and so does a cache, which it makes by default.
+        # With a mask or a cache, transformers does not see that sequences are packed; by default it makes a cache.
         return inputs | {"attention_mask": None} | ({"use_cache": False} if "use_cache" in self._names else {})
 
     def _in_one_row(self) -> bool:
@@ -247,7 +247,7 @@ class Shortcuts:
             self._taken = dict(self._wanted)
 
     def _two_in_a_row(self, padded: dict[str, Any]) -> dict[str, Any]:
-        """Packed so that sequences share a row, which those of this batch might not."""
+        """Packs with rows twice as long, so that sequences share a row even in a batch where they would not."""
         ids, mask = padded["input_ids"], padded.get("attention_mask")
         return padded | pack(ids, mask, self._pad_token_id(), self._in_one_row(), row_length=2 * ids.shape[1])
 
@@ -265,7 +265,7 @@ class Shortcuts:
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def _note_rounding(self, head: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Half of the digits that the forward computes with."""
+        """Notes the tolerance: half of the digits that the forward computes with."""
         device, dtype = args[0].device.type, args[0].dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -276,8 +276,8 @@ class Shortcuts:
 
 @contextmanager
 def _unnoticed(head: Head) -> Iterator[None]:
-    """Without gradients, dropout and other readers of the head; afterwards the modes and the random state are what
-    they were, and the readers expect what they expected."""
+    """Switches off gradients, dropout and other readers of the head. Afterwards the modes, the random state and the
+    readers are what they were."""
     modes = [(module, module.training) for module in head.owner.modules()]
     hooks = [getattr(hook, "__self__", None) for hook in head.module._forward_pre_hooks.values()]
     readers = [(reader, reader._expected) for reader in hooks if isinstance(reader, HeadReader)]

@@ -1,4 +1,4 @@
-"""mu in the steps of a Trainer: it moves where the trainer steps its optimizer, whatever engine does that for it."""
+"""Moves mu when a `Trainer` has stepped its optimizer, with whatever engine the trainer does that."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from normbt_kernels.modules import DistanceEMA
 
 
 class LossInSteps:
-    """Before a `Trainer` in the bases of a class: the mu of `self.pair_loss` moves once for each optimizer step.
+    """A base class to name before `Trainer`: it moves the mu of `self.pair_loss` once for each optimizer step.
 
-    All pairs of a step are weighed by the mu from before it. The first step has none: if it has several micro-batches,
-    they are passed through the model beforehand, without gradients and with the random numbers of the pass that trains,
-    and the mean over all of them weighs each. So the first step does not depend on how it is cut either.
+    The mu from before a step weighs all its pairs. The first step has no mu yet. If it has several micro-batches, the
+    model reads them all once beforehand, without gradients and with the random numbers of the pass that trains, and
+    their mean distance weighs them. So the first step does not depend on how it is cut into micro-batches either.
     """
 
     pair_loss: nn.Module
@@ -62,7 +62,7 @@ class LossInSteps:
 
 
 class EndStep(TrainerCallback):
-    """Ends the loss's step where the trainer has stepped its optimizer."""
+    """Ends the step of the loss when the trainer has stepped its optimizer."""
 
     def __init__(self, trainer: LossInSteps):
         self.trainer = trainer

@@ -7,11 +7,10 @@ Each answer doubles two numbers and has a few style words:
     fine    the same answer with one wrong result                          never mislabelled
     coarse  the same results in another style, the better style preferred  labels drawn from Bradley-Terry
 
-A pair's margin, for the losses that use one, is the difference in rating: 1 for a wrong result,
-otherwise the difference in style.
+The losses that use a margin take the difference in rating: 1 for a wrong result, otherwise the difference in style.
 
 A fine pair differs in one token, so its answers lie close together in the hidden space. A coarse pair differs in many
-tokens, so its answers lie far apart. This is the situation of the paper: plain BT scales each pair's gradient by its
+tokens, so its answers lie far apart. This is the situation of the paper: plain BT scales the gradient of a pair by its
 distance, and the coarse pairs with their noisy labels drown the fine ones.
 """
 
@@ -29,7 +28,7 @@ from normbt_kernels.data.preferences import Preference
 
 NUMBERS = range(50)
 STEPS = 2
-# How much each style word pleases. The style of an answer is worth their sum.
+# The value of each style word. The style of an answer is worth the sum of its words.
 STYLE_WORDS = {
     "thanks": 1.0,
     "okay": 0.7,
@@ -65,13 +64,13 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 def split_pairs(split: str, seed: int) -> list[Preference]:
     """Training pairs that differ with the seed, and validation and test pairs that do not."""
     if split == "train":
-        return demo_pairs(NUM_TRAIN_PAIRS, f"training {seed}")
-    return demo_pairs(NUM_EVAL_PAIRS, {"validation": "validation", "test": "held-out"}[split])
+        return make_pairs(NUM_TRAIN_PAIRS, f"training {seed}")
+    return make_pairs(NUM_EVAL_PAIRS, {"validation": "validation", "test": "held-out"}[split])
 
 
-def demo_pairs(num_pairs: int, seed: str) -> list[Preference]:
-    """`num_pairs` pairs, fine and coarse by turns; the same ones for the same seed."""
-    rng = random.Random(seed)  # a word, because Random(-1) draws what Random(1) draws
+def make_pairs(num_pairs: int, seed: str) -> list[Preference]:
+    """`num_pairs` pairs, coarse and fine by turns; the same ones for the same seed."""
+    rng = random.Random(seed)  # a text, because Random(-1) draws what Random(1) draws
     return [_fine_pair(rng) if i % 2 else _coarse_pair(rng) for i in range(num_pairs)]
 
 
@@ -120,8 +119,8 @@ def _text(numbers: list[int], results: list[int], style: list[str], places: list
     return " ".join(map(str, ["double", ":", *answer]))
 
 
-def demo_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, built here: nothing is downloaded."""
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word, made here: nothing is downloaded."""
     words = ["<pad>", "<eos>", "double", ":", "=", ";", *STYLE_WORDS, *map(str, range(2 * max(NUMBERS) + 1))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -129,6 +128,6 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def demo_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
     """A Llama of 2 layers and 64 hidden units with a scalar head, drawn from torch's current seed."""
     return new_llama(tokenizer, hidden_size=64, intermediate_size=128, num_layers=2, max_tokens=64)
