@@ -121,7 +121,7 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(model, tokenizer, tmp_
 
 
 @pytest.mark.parametrize("kind", ["list", "Dataset", "Dataset of token ids", "stream"])
-def test_long_sequences_are_cut_where_the_tokenizer_cuts_if_asked(model, tokenizer, tmp_path, said, kind):
+def test_long_sequences_are_cut_where_the_tokenizer_cuts_if_asked(model, tokenizer, tmp_path, messages, kind):
     rows = [TEXT, {"chosen": "add two two two", "rejected": "six"}, {"chosen": "add two two six", "rejected": "add"}]
     if kind == "Dataset of token ids":
         ids = [make_trainer(model, tokenizer, tmp_path, train_dataset=[row]).train_dataset[0] for row in rows]
@@ -134,9 +134,9 @@ def test_long_sequences_are_cut_where_the_tokenizer_cuts_if_asked(model, tokeniz
         assert [len(row["chosen_ids"]) for row in seen] == [3, 3, 3]
         assert words(seen[1]["chosen_ids"]) == first
         assert words(seen[1]["rejected_ids"]) == ["six", "<eos>"]
-        assert "row 1: cut to 3 tokens" in said.text
+        assert "row 1: cut to 3 tokens" in messages.text
     if kind != "stream":
-        assert "row 1: cut to 3 tokens (and in 2 more pairs)" in said.text
+        assert "row 1: cut to 3 tokens (and in 2 more pairs)" in messages.text
         assert make_trainer(model, tokenizer, tmp_path, max_length=3, truncate=True).predict(made).metrics
 
 
@@ -215,11 +215,11 @@ def test_what_looks_wrong_is_said_with_its_row(model, tokenizer, tmp_path, messa
     assert "train_dataset, row 3: an answer begins with the prompt" in said
 
 
-def test_a_remark_may_come_late(model, tokenizer, tmp_path, said):
+def test_a_remark_may_come_late(model, tokenizer, tmp_path, messages):
     """datasets takes the types of columns from the rows of its first batch, a thousand."""
     rows = [TEXT | {"prompt": None}] * 1000 + [{"prompt": "add", "chosen": "add six", "rejected": "two"}]
     make_trainer(model, tokenizer, tmp_path, train_dataset=datasets.Dataset.from_list(rows))
-    assert "train_dataset, row 1001: an answer begins with the prompt" in said.text
+    assert "train_dataset, row 1001: an answer begins with the prompt" in messages.text
 
 
 def test_grouping_by_length_goes_by_the_longer_side_and_leaves_predictions_in_order(model, tokenizer, tmp_path):
