@@ -26,6 +26,10 @@ def results(request, tmp_path_factory):
     return lambda scenario: [torch.load(folder / f"{scenario}-{rank}.pt") for rank in range(request.param)]
 
 
+# The mean over ranks is tried with two and with four; what it is combined with, with two.
+two_ranks = pytest.mark.parametrize("results", [2], ids="{} ranks".format, indirect=True)
+
+
 def test_ddp_equals_one_process(results, single, assert_same_training):
     of_ranks = results("ddp")
     assert_same_training(of_ranks, single)
@@ -33,12 +37,14 @@ def test_ddp_equals_one_process(results, single, assert_same_training):
     assert of_ranks[0]["eval"] == pytest.approx(single["eval"], rel=1e-4)
 
 
+@two_ranks
 def test_ddp_by_late_pooling_and_padding_free_equals_one_process(results, single, assert_same_training):
     of_ranks = results("ddp_by_shortcuts")
     assert_same_training(of_ranks, single)
     assert of_ranks[0]["eval"] == pytest.approx(single["eval"], rel=1e-4)
 
 
+@two_ranks
 def test_ddp_resumed_equals_uninterrupted_bitwise(results):
     for whole, resumed in zip(results("ddp"), results("ddp_resumed"), strict=True):
         for name, expected in whole.items():
@@ -48,10 +54,12 @@ def test_ddp_resumed_equals_uninterrupted_bitwise(results):
         assert resumed["logs"][-1]["mu"] == whole["logs"][-1]["mu"]
 
 
+@two_ranks
 def test_streamed_pairs_stay_whole(results, single, assert_same_training):
     assert_same_training(results("streamed"), single)
 
 
+@two_ranks
 def test_lora_with_a_saved_head_equals_one_process(results, tmp_path, assert_same_training):
     rows = ranks.pairs()
     trainer = ranks.make_trainer(tmp_path, [rows[i] for i in ranks.FILLED], 1, ranks.with_lora(make_model()))
@@ -62,6 +70,7 @@ def test_lora_with_a_saved_head_equals_one_process(results, tmp_path, assert_sam
     assert results("lora")[0]["fused"]
 
 
+@two_ranks
 @pytest.mark.skipif(not ranks.TRAINER_TAKES_FSDP2, reason="this Trainer takes no model that is sharded already")
 def test_fsdp2_equals_one_process(results, single, assert_same_training):
     of_ranks = results("fsdp2")
@@ -70,6 +79,7 @@ def test_fsdp2_equals_one_process(results, single, assert_same_training):
     assert of_ranks[0]["eval"] == pytest.approx(single["eval"], rel=1e-4)
 
 
+@two_ranks
 @pytest.mark.skipif(not ranks.TRAINER_TAKES_FSDP2, reason="this Trainer takes no model that is sharded already")
 def test_fsdp2_by_late_pooling_and_padding_free_equals_one_process(results, single, assert_same_training):
     of_ranks = results("fsdp2_by_shortcuts")
@@ -99,6 +109,7 @@ def test_fully_sharded_loop_with_unequal_batches_equals_one_process(results):
             torch.testing.assert_close(result[name], expected.detach(), rtol=1e-5, atol=1e-6, msg=name)
 
 
+@two_ranks
 def test_mu_stays_in_fp32_under_fsdp1_with_buffers_in_16_bits(results):
     of_ranks = results("fsdp1_with_buffers_in_16_bits")
     model, ema = ranks.plain_net(), reference.DistanceEMA(ranks.SLOW_BETA)
@@ -117,6 +128,7 @@ def test_mu_stays_in_fp32_under_fsdp1_with_buffers_in_16_bits(results):
             torch.testing.assert_close(result[name], expected.detach(), rtol=1e-5, atol=1e-6, msg=name)
 
 
+@two_ranks
 def test_a_step_costs_one_reduction_of_two_floats(results):
     for result in results("collectives"):
         extra = list(result["normbt"])

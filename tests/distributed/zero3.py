@@ -44,7 +44,7 @@ def zero3(folder, resume=None):
         **ranks.ARGUMENTS,
         per_device_train_batch_size=ranks.JOINT_BATCH // dist.get_world_size(),
         save_strategy="steps",
-        save_steps=5,
+        save_steps=3,
     )
     model = AutoModelForSequenceClassification.from_pretrained(folder / "initial")
     tokenizer = make_tokenizer()
@@ -62,7 +62,7 @@ if __name__ == "__main__":
         make_model().save_pretrained(folder / "initial")
     PartialState(backend="gloo").wait_for_everyone()
     torch.save(zero3(folder), folder / f"zero3-{dist.get_rank()}.pt")
-    torch.save(zero3(folder, resume=str(folder / "checkpoint-5")), folder / f"zero3_resumed-{dist.get_rank()}.pt")
+    torch.save(zero3(folder, resume=str(folder / "checkpoint-3")), folder / f"zero3_resumed-{dist.get_rank()}.pt")
     gc.collect()  # the engines, which would otherwise outlive the group, and end its threads at exit
     dist.barrier()
     dist.destroy_process_group()
