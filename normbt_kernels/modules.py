@@ -177,21 +177,25 @@ class DistanceEMA(nn.Module):
         """Waits for a sum over ranks that has not arrived yet. Reading `mu` does the same."""
         self._settle()
 
-    @torch.no_grad()
     def _settle(self) -> None:
         """Puts right, in place, what has been done to the buffers, and moves them by the sum that was on its way."""
-        mu, num_updates = self._buffers["mu"], self._buffers["num_updates"]
+        mu = self._buffers["mu"]
         if mu.dtype != torch.float32:  # FSDP1's MixedPrecision(buffer_dtype=...) casts without `_apply`
             mu.data = self._exact_mu.to(mu.device)
         if not torch.compiler.is_compiling():
             self._exact_mu = mu.detach()
-        self.pending = _moved(self.pending, mu.device)  # FSDP moves buffers without `_apply`
+        if self.pending.device != mu.device:  # FSDP moves buffers without `_apply`
+            self.pending = _moved(self.pending, mu.device)
         if self._reduction is not None:
-            moved, self._reduction = self._reduction, None
-            moved.work.wait()
-            move_mu_now(moved.mu, moved.num_updates, moved.pending, self.beta)
-            mu.copy_(moved.mu)
-            num_updates.copy_(moved.num_updates)
+            self._take_up_reduction()
+
+    @torch.no_grad()
+    def _take_up_reduction(self) -> None:
+        moved, self._reduction = self._reduction, None
+        moved.work.wait()
+        move_mu_now(moved.mu, moved.num_updates, moved.pending, self.beta)
+        self._buffers["mu"].copy_(moved.mu)
+        self._buffers["num_updates"].copy_(moved.num_updates)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)

@@ -19,7 +19,7 @@ from normbt_kernels.ops.library import define_op, is_watched, refuse_gradients, 
 from normbt_kernels.ops.linear_gradient import ONCE, linear_gradient, linear_gradient_op
 from normbt_kernels.ops.pair_distance import measure_distances
 from normbt_kernels.ops.pair_loss import run_pair_loss
-from normbt_kernels.ops.pairs import RowPairs
+from normbt_kernels.ops.pairs import RowPairs, cast
 from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 
@@ -93,15 +93,16 @@ class Arguments(NamedTuple):
 
 
 class PairLoss(_SingleLevelFunction):
-    """`apply(run, call, *call.differentiable)`: `run` is the operator below autograd, or the implementation itself.
+    """`apply(run, call, results, *call.differentiable)` returns the loss, and leaves the `LossResult` in `results`.
 
-    Single-level: torch.func's transforms see the operator, never this Function.
+    `run` is the operator below autograd, or the implementation itself. The tables are constants: as further outputs
+    they would cost autograd 9 us a step. Single-level: torch.func's transforms see the operator, never this Function.
     """
 
     @staticmethod
-    def forward(ctx, run, call, *inputs):
+    def forward(ctx, run, call, results, *inputs):
         rows, scores = call.rows, call.scores
-        per_pair, trains_head = call.options.reduction == "none", ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+        per_pair, trains_head = call.options.reduction == "none", ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
         result = run(call, trains_head and not per_pair)
         ctx.save_for_backward(
             result.loss,  # so that a second differentiation finds its way here and is refused
@@ -114,52 +115,50 @@ class PairLoss(_SingleLevelFunction):
         )
         ctx.layout, ctx.hidden_shape, ctx.hidden_dtype = rows.layout, rows.chosen.shape, rows.chosen.dtype
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
-        ctx.mark_non_differentiable(*(table for table in result[1:] if table is not None))
-        ctx.set_materialize_grads(False)  # or each backward fills tables of zeros for the outputs above
-        return tuple(result)
+        results.append(result)
+        return result.loss
 
     @staticmethod
-    def backward(ctx, loss_gradient, *_):
-        if loss_gradient is None:
-            return (None,) * 7
-        loss, gradient, head_gradient, head_weight, *_ = ctx.saved_tensors
+    def backward(ctx, loss_gradient):
+        if not torch.is_grad_enabled():
+            return None, None, None, *_gradients(ctx, loss_gradient)
         with torch.no_grad():
-            if head_weight is None:
-                gradients = None, *_reward_gradients(ctx, gradient, loss_gradient), None, None
-            else:
-                hidden, weight, bias = _linear_gradients(ctx, gradient, loss_gradient, head_gradient)
-                gradients = hidden, None, None, weight, bias
-        if torch.is_grad_enabled():
-            made = [i for i, value in enumerate(gradients) if value is not None]
-            refusing = refuse_gradients(ONCE, [gradients[i] for i in made], [loss, loss_gradient])
-            refusing = dict(zip(made, refusing, strict=True))
-            gradients = tuple(refusing.get(i) for i in range(5))
-        return None, None, *gradients
+            gradients = _gradients(ctx, loss_gradient)
+        made = [i for i, value in enumerate(gradients) if value is not None]
+        refusing = refuse_gradients(ONCE, [gradients[i] for i in made], [ctx.saved_tensors[0], loss_gradient])
+        refusing = dict(zip(made, refusing, strict=True))
+        return None, None, None, *(refusing.get(i) for i in range(5))
+
+
+def _gradients(ctx, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Of `Call.differentiable`."""
+    _, gradient, head_gradient, head_weight, pairs, last_token, hidden = ctx.saved_tensors
+    if head_weight is None:
+        return None, *_reward_gradients(ctx, gradient, loss_gradient), None, None
+    needs = ctx.needs_input_grad[3], ctx.needs_input_grad[6], ctx.needs_input_grad[7]
+    run = linear_gradient_op if is_watched((gradient, loss_gradient, head_weight)) else linear_gradient
+    gradients = run(
+        gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, ctx.layout,
+        ctx.hidden_shape, ctx.hidden_dtype, ctx.dtypes[4] or head_weight.dtype, *needs,
+    )  # fmt: skip
+    hidden, weight, bias = (value if needed else None for value, needed in zip(gradients, needs, strict=True))
+    return hidden, None, None, weight, bias
 
 
 def _reward_gradients(ctx, gradient: Tensor, loss_gradient: Tensor) -> tuple[Tensor, Tensor]:
     chosen_dtype, rejected_dtype = ctx.dtypes[1:3]
     # One product and, for 16-bit rewards, one cast: two launches for both sides.
-    gradient = (gradient * loss_gradient).to(torch.promote_types(chosen_dtype, rejected_dtype))
+    gradient = cast(gradient * loss_gradient, torch.promote_types(chosen_dtype, rejected_dtype))
     chosen, rejected = gradient.unbind()
-    return chosen.to(chosen_dtype), rejected.to(rejected_dtype)
-
-
-def _linear_gradients(ctx, gradient: Tensor, loss_gradient: Tensor, head_gradient: Tensor) -> list[Tensor | None]:
-    _, _, _, head_weight, pairs, last_token, hidden = ctx.saved_tensors
-    run = linear_gradient_op if is_watched((gradient, loss_gradient, head_weight)) else linear_gradient
-    needs = ctx.needs_input_grad[2], ctx.needs_input_grad[5], ctx.needs_input_grad[6]
-    gradients = run(
-        gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, ctx.layout,
-        ctx.hidden_shape, ctx.hidden_dtype, ctx.dtypes[4] or head_weight.dtype, *needs,
-    )  # fmt: skip
-    return [value if needed else None for value, needed in zip(gradients, needs, strict=True)]
+    return cast(chosen, chosen_dtype), cast(rejected, rejected_dtype)
 
 
 def _differentiable(run: Callable[[Call, bool], LossResult], call: Call) -> LossResult:
     inputs = call.differentiable
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return LossResult(*PairLoss.apply(run, call, *inputs))
+        results: list[LossResult] = []
+        loss = PairLoss.apply(run, call, results, *inputs)
+        return results[0]._replace(loss=loss)
     return run(call, False)
 
 

@@ -10,6 +10,7 @@ ranks share it by adding their `pending` up.
 from typing import NamedTuple
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
@@ -55,7 +56,7 @@ def _move_mu_kernel(mu_ptr, num_updates_ptr, pending_ptr, BETA: tl.constexpr):
     move_mu(mu_ptr, num_updates_ptr, pending_ptr, BETA)
 
 
-# The same in PyTorch operators, without waiting for the device.
+# The same in PyTorch operators, which do not wait for the device, and as plain arithmetic for the CPU.
 
 
 def add_to_pending_(pending: Tensor, distance_sum: Tensor, num_pairs: int) -> None:
@@ -74,10 +75,21 @@ def move_mu_(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> N
     pending.zero_()
 
 
+def move_mu_on_cpu(mu: ndarray, num_updates: ndarray, pending: ndarray, beta: float) -> None:
+    total, count = pending.tolist()
+    pending[:] = 0
+    if count > 0 and total < float("inf"):
+        mean = total / count
+        mu[...] = mean if num_updates == 0 else beta * mu.item() + (1 - beta) * mean
+        num_updates += 1
+
+
 def _move_mu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
     if uses_kernels(mu.device):
         with on_device(mu.device):
             _move_mu_kernel[(1,)](mu, num_updates, pending, BETA=beta, num_warps=1, enable_fp_fusion=FP_FUSION)
+    elif mu.device.type == "cpu":
+        move_mu_on_cpu(mu.numpy(), num_updates.numpy(), pending.numpy(), beta)
     else:
         move_mu_(mu, num_updates, pending, beta)
 

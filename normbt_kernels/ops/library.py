@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch as num_modes_before_dispatch
 
 NAMESPACE = "normbt"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -67,14 +66,18 @@ def without_gradients(run: Callable, *arguments):
 def is_watched(tensors: Iterable[Tensor | None]) -> bool:
     """Whether anything traces or transforms this call, and so must see the operator: torch.compile and export,
     torch.func, a dispatch mode, torch.jit.trace, or tensors that are not plain ones (fake, functional, distributed)."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or num_modes_before_dispatch() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         or torch._C._get_tracing_state() is not None
-        or any(type(tensor) not in PLAIN for tensor in tensors if tensor is not None)
-    )
+    ):
+        return True
+    for tensor in tensors:  # noqa: SIM110 (`any` of a generator takes twice as long)
+        if tensor is not None and type(tensor) not in PLAIN:
+            return True
+    return False
 
 
 class _Refusal(torch.autograd.Function):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import FP_FUSION, num_multiprocessors, on_device, triton_dtype, uses_kernels
+from normbt_kernels.ops.few_pairs import are_few, compute_few_gradients
 from normbt_kernels.ops.launch import LaunchShape, cdiv
 from normbt_kernels.ops.library import define_op, refuse_gradients
 from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
@@ -286,6 +287,14 @@ def _compute_linear_gradient(
 ) -> Gradients:  # fmt: skip
     """The closed form in PyTorch operators; None where a gradient is not wanted."""
     needs_hidden, needs_weight, needs_bias = needs
+    each_serves_once = layout.pairs is None and layout.last_token is None
+    reads_rows = upstream.per_pair and (needs_weight or needs_bias)
+    if each_serves_once and not reads_rows and are_few(upstream.num_pairs, layout.hidden_shape[-1], head_weight.device):
+        return Gradients(
+            *compute_few_gradients(
+                *upstream, head_weight, layout.name == "interleaved", hidden_dtype, bias_dtype, needs
+            )
+        )
     gradient = upstream.gradient * upstream.loss_gradient
     dtype = gradient.dtype
     hidden_gradient = weight_gradient = bias_gradient = None
@@ -304,15 +313,16 @@ def _compute_linear_gradient(
             sequence = torch.arange(layout.hidden_shape[0], device=gradient.device)
             hidden_gradient = gradient.new_zeros(layout.hidden_shape, dtype=hidden_dtype)
             hidden_gradient[sequence, layout.last_token] = (column * row).to(hidden_dtype)
-    if upstream.per_pair and (needs_weight or needs_bias):
+    if reads_rows:
         rows = layout.rows(hidden)
         weight_gradient, bias_gradient = gradient.new_zeros(rows.hidden_size), gradient.sum(dim=0).sum()
         for pairs, block in rows.blocks():
             chosen, rejected = block.gather(dtype)
             chosen_gradient, rejected_gradient = gradient if pairs is None else gradient[:, pairs]
-            # g delta + k (h_c + h_r): the difference first, as in the forward pass.
-            weight_gradient.addmv_((chosen - rejected).T, (chosen_gradient - rejected_gradient) / 2)
-            weight_gradient.addmv_((chosen + rejected).T, (chosen_gradient + rejected_gradient) / 2)
+            # g delta + k (h_c + h_r): the difference first, as in the forward pass, and a sum in a cascade.
+            difference = (chosen_gradient - rejected_gradient)[:, None] * (chosen - rejected)
+            centering = (chosen_gradient + rejected_gradient)[:, None] * (chosen + rejected)
+            weight_gradient += difference.add_(centering).sum(dim=0) / 2
     elif needs_weight or needs_bias:
         head_gradient = upstream.head_gradient * upstream.loss_gradient
         weight_gradient, bias_gradient = head_gradient[:-1], head_gradient[-1] if needs_bias else None

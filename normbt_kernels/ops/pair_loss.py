@@ -23,6 +23,7 @@ from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import FP_FUSION, on_device, triton_dtype, uses_kernels
 from normbt_kernels.ops.closed_form import compute_pair_loss
 from normbt_kernels.ops.ema import add_to_pending, move_mu
+from normbt_kernels.ops.few_pairs import are_few, compute_few_pairs
 from normbt_kernels.ops.launch import cdiv
 from normbt_kernels.ops.pairs import (
     RowArguments,
@@ -397,7 +398,8 @@ def run_pair_loss(
     """The pass, by the implementation that serves the device of the rows."""
     rows.check_range()
     if rows.num_pairs > 0 and not uses_kernels(rows.chosen.device):
-        return compute_pair_loss(rows, scores, mu, options, stats, head_gradient)
+        few = are_few(rows.num_pairs, rows.hidden_size, rows.chosen.device)
+        return (compute_few_pairs if few else compute_pair_loss)(rows, scores, mu, options, stats, head_gradient)
     result = LossResult.allocate(rows, scores.accumulate_dtype(rows), options, head_gradient, stats)
     if rows.num_pairs == 0:
         for tensor in result:

@@ -49,11 +49,13 @@ class RowPairs(NamedTuple):
 
     def check_range(self) -> None:
         """Raises ValueError for a row or a token that does not exist, where looking at the values waits for nothing."""
-        if self.chosen.device.type != "cpu":
+        hidden = self.chosen
+        if hidden.device.type != "cpu":
             return
-        shape = tuple(self.chosen.shape)
-        _check_range("pairs", self.pairs, self.chosen.shape[0], f"rows of hidden {shape}")
-        _check_range("last_token", self.last_token, self.sequence_length, f"positions of hidden {shape}")
+        if self.pairs is not None:
+            _check_range("pairs", self.pairs, hidden.shape[0], f"rows of hidden {tuple(hidden.shape)}")
+        if self.last_token is not None:
+            _check_range("last_token", self.last_token, hidden.shape[1], f"positions of hidden {tuple(hidden.shape)}")
 
     def launch_shape(self, centers: bool = False) -> LaunchShape:
         processors = num_multiprocessors(self.chosen.device)
@@ -71,21 +73,22 @@ class RowPairs(NamedTuple):
             if self.pairs is not None:
                 yield pairs, self._replace(pairs=self.pairs[pairs])
             else:
-                sides = (self._side(side, pairs) for side in range(2))
+                sides = (self.side(side, pairs) for side in range(2))
                 yield pairs, RowPairs(*sides, None, None, "apart")
 
     def gather(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The chosen and the rejected rows, each (P, H), in `dtype`."""
         pairs = slice(0, self.num_pairs)
-        return cast(self._side(0, pairs), dtype), cast(self._side(1, pairs), dtype)
+        return cast(self.side(0, pairs), dtype), cast(self.side(1, pairs), dtype)
 
-    def _side(self, side: int, pairs: slice) -> Tensor:
+    def side(self, side: int, pairs: slice) -> Tensor:
         """The rows of some of the pairs on one side, (pairs, H)."""
         hidden, token = (self.chosen, self.rejected)[side], self.last_token
         if self.pairs is not None:
             row = self.pairs[pairs, side]
         elif self.layout == "halves":
-            row = slice(pairs.start + side * self.num_pairs, pairs.stop + side * self.num_pairs)
+            start = side * (len(hidden) // 2)
+            row = slice(pairs.start + start, pairs.stop + start)
         elif self.layout == "interleaved":
             row = slice(2 * pairs.start + side, 2 * pairs.stop, 2)
         else:
@@ -96,8 +99,8 @@ class RowPairs(NamedTuple):
         return sequences[torch.arange(len(token), device=hidden.device), token]
 
 
-def _check_range(name: str, index: Tensor | None, size: int, what: str) -> None:
-    if index is None or index.numel() == 0:
+def _check_range(name: str, index: Tensor, size: int, what: str) -> None:
+    if index.numel() == 0:
         return
     lowest, highest = (int(value) for value in index.aminmax())
     if lowest < 0 or highest >= size:

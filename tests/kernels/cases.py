@@ -9,14 +9,17 @@ Run with TRITON_INTERPRET=1 the very same tests exercise the Triton kernels on t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from normbt_kernels import linear_normbt_loss, normbt_loss
+from normbt_kernels.ops import few_pairs, pairs
 from normbt_kernels.ops._triton import INTERPRETED
 from normbt_kernels.ops.backend import backend_name
 from reference import normbt as reference
@@ -249,7 +252,7 @@ def max_error(actual: Tensor, truth: Tensor) -> float:
 ARITHMETIC = 4 * torch.finfo(torch.float32).eps
 
 
-def assert_gradients_as_good_as_eager(case: Case, upstream: Tensor | None = None) -> None:
+def assert_gradients_as_good_as_eager(mine: Result, truth: Result, case: Case, upstream: Tensor | None) -> None:
     """Each gradient is at most twice as far from the fp64 truth as eager PyTorch in that gradient's dtype is, plus one
     rounding step of that dtype.
 
@@ -258,7 +261,6 @@ def assert_gradients_as_good_as_eager(case: Case, upstream: Tensor | None = None
     which is the truth itself. The bias's gradient is a sum over rows that cancels (to 0 without centering), so its
     distance is relative to the sum of absolute values.
     """
-    mine, truth = ours(case, upstream), judge(case, upstream)
     eager = {dtype: judge(case, upstream, dtype) for dtype in {x.dtype for x in case.inputs.values()}}
     for name, gradient in mine.gradients.items():
         expected, dtype = truth.gradients[name], case.inputs[name].dtype
@@ -279,8 +281,22 @@ def assert_same_bits(left: Any, right: Any) -> None:
     torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
 
 
+@contextmanager
+def as_for_many_pairs() -> Iterator[None]:
+    """The CPU's arithmetic for pairs that do not fit into a cache, which here holds 64 elements of each side."""
+    with patch.object(few_pairs, "MAX_ELEMENTS", 0), patch.object(pairs, "CACHE_ELEMENTS", 64):
+        yield
+
+
+IMPLEMENTATIONS = (nullcontext, as_for_many_pairs) if BACKEND == "torch" else (nullcontext,)
+
+
 def assert_as_reference(case: Case, upstream: Tensor | None = None) -> None:
-    """Loss, stats and gradients."""
+    """Loss, stats and gradients, of each implementation that serves the device."""
     dtypes = [x.dtype for x in [*case.inputs.values(), *case.rows()]]
-    assert_loss_and_stats(ours(case, upstream), judge(case, upstream), **tolerance(*dtypes))
-    assert_gradients_as_good_as_eager(case, upstream)
+    truth = judge(case, upstream)
+    for implementation in IMPLEMENTATIONS:
+        with implementation():
+            mine = ours(case, upstream)
+        assert_loss_and_stats(mine, truth, **tolerance(*dtypes))
+        assert_gradients_as_good_as_eager(mine, truth, case, upstream)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cases import IMPLEMENTATIONS
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss
 
@@ -34,11 +35,13 @@ both_modules = pytest.mark.parametrize("module", [NormBTLoss, LinearNormBTLoss])
 
 
 @both_modules
-def test_mu_follows_the_formula_and_weighs_with_the_value_from_before(module):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mu_follows_the_formula_and_weighs_with_the_value_from_before(module, implementation):
     loss_fn = module(beta=BETA, eps=0.0)
     # Means 2, 6, 1: mu = 2, then 0.9*2 + 0.1*6 = 2.4, then 0.9*2.4 + 0.1*1 = 2.26.
     for distances, mu_before, mu_after in [([1.0, 3.0], 2.0, 2.0), ([6.0], 2.0, 2.4), ([0.5, 1.5], 2.4, 2.26)]:
-        stats = run(loss_fn, rows_at_distance(distances))
+        with implementation():
+            stats = run(loss_fn, rows_at_distance(distances))
         expected = torch.tensor([mu_before / d for d in distances])
         torch.testing.assert_close(stats.weight, expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(loss_fn.mu, torch.tensor(mu_after), rtol=1e-6, atol=0)

@@ -6,7 +6,18 @@ the weights frozen at the evaluation point, and the analytical side is our loss 
 
 import pytest
 import torch
-from cases import LAYOUTS, OURS, UNWEIGHTED, Case, linear_case, pair_vector, randn, reward_case
+from cases import (
+    BACKEND,
+    IMPLEMENTATIONS,
+    LAYOUTS,
+    OURS,
+    UNWEIGHTED,
+    Case,
+    linear_case,
+    pair_vector,
+    randn,
+    reward_case,
+)
 
 from reference import normbt as reference
 
@@ -33,6 +44,7 @@ OPTIONS = {
     "all at once": {"margin": "column", "pair_weight": "strided", "label_smoothing": 0.1, "center_coef": 0.3,
                     "eps": 0.5, "max_weight": 1.0, "power": 0.7, "mu": None, "reduction": "none"},
 }  # fmt: skip
+INTERPRETED = BACKEND == "triton-interpreter"
 FORMS = {"linear": lambda **options: linear_case(3, 2, **options), "reward": lambda **o: reward_case(3, 2, **o)}
 
 
@@ -68,14 +80,17 @@ class FrozenWeights(torch.autograd.Function):
 
 
 def gradcheck(function, case: Case, **options) -> bool:
-    # Far tighter than gradcheck's 1e-5 and 1e-3, which would pass a loss that is wrong in its fourth digit.
+    # Far tighter than gradcheck's 1e-5 and 1e-3, which would pass a loss that is wrong in its fourth digit. The
+    # interpreter takes milliseconds for each call: there, a random projection of the Jacobian stands for its columns.
     inputs = [tensor.detach().clone().requires_grad_() for tensor in case.inputs.values()]
-    return torch.autograd.gradcheck(function, inputs, eps=1e-5, atol=1e-8, rtol=1e-6, **options)
+    return torch.autograd.gradcheck(function, inputs, eps=1e-5, atol=1e-8, rtol=1e-6, fast_mode=INTERPRETED, **options)
 
 
 def check(case: Case) -> None:
     frozen = loss_of(case.having(**UNWEIGHTED, pair_weight=weights_of(case)))
-    assert gradcheck(lambda *inputs: FrozenWeights.apply(loss_of(case), frozen, *inputs), case)
+    for implementation in IMPLEMENTATIONS:
+        with implementation():
+            assert gradcheck(lambda *inputs: FrozenWeights.apply(loss_of(case), frozen, *inputs), case)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

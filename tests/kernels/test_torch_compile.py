@@ -48,9 +48,10 @@ def test_opcheck_pair_distance(layout, pooled):
     torch.library.opcheck(torch.ops.normbt.pair_distance.default, (*rows, torch.float32))
 
 
-@pytest.mark.parametrize("mu", mus())
 @pytest.mark.parametrize("form", sorted(CASES))
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("mu", "reduction"), [*((mu, "mean") for mu in mus()), ("number", "none"), ("EMA, later batch", "none")]
+)
 def test_opcheck_pair_loss(mu, form, reduction):
     options = {"layout": "explicit", "pooled": True} if form == "linear" else {}
     case = CASES[form](3, 5, torch.float32, margin="strided", pair_weight="strided", reduction=reduction, **options)
