@@ -281,7 +281,7 @@ def test_a_dry_run_looks_and_writes_nothing(checkpoint, tmp_path, capsys):
     assert train("--dry-run") == 0
     assert "30 training pairs, 10 held-out pairs" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-    assert train("--eval-dataset", "pairs.jsonl", "--dry-run") == 2
+    assert train("--eval-dataset", "pairs.jsonl", "--eval-fraction", 0.05, "--dry-run") == 2
     assert "every held-out pair is a training pair too" in capsys.readouterr().err
 
 
