@@ -1,8 +1,17 @@
 """What tests in several files ask for."""
 
+import gc
 import logging
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage():
+    """Trainer collects garbage after each training, and would look through all imported libraries each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ Those imports take longer than most of what tests do with them. Apart from that 
 arguments, folder, environment, output, signals, exit code.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -71,6 +72,7 @@ class Command:
 
 
 def _run(module, arguments, folder, environment, output, errors):
+    gc.freeze()  # what was imported is no garbage, and need not be looked through each time that some is collected
     os.setsid()  # a process group, as a shell makes one for each command
     os.chdir(folder)
     sys.path.insert(0, folder)  # as `python -m` does
