@@ -25,7 +25,7 @@ from normbt_kernels.ops.backend import backend_name
 from reference import normbt as reference
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not INTERPRETED else torch.device("cpu")
-BACKEND = backend_name(DEVICE)
+BACKEND = backend_name(DEVICE)  # with INTERPRETED, "triton-interpreter", which takes 50 times as long
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("halves", "interleaved", "explicit")
 # 1 is the paper, 0 plain Bradley-Terry. All but 0.7, which stands for any other, have a path of their own in kernels.
