@@ -2,8 +2,8 @@
 
 The peak counts from what is allocated before the call, so inputs do not count. "Beyond gradients" leaves out the
 gradients that the call returns, which every contender must allocate. On a GPU the figure comes from PyTorch's allocator
-(torch.cuda.max_memory_allocated). On a CPU it comes from the allocations and frees that torch.profiler records
-(profile_memory): all of PyTorch's, also in compiled code, but not those of BLAS libraries.
+(torch.cuda.max_memory_allocated). On a CPU it is a sum: the peak of PyTorch's allocations, which torch.profiler records
+(also those of compiled code, but not of BLAS libraries), and that of numpy's and Python's, which tracemalloc records.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from bench.harness import DTYPES, Report, error_text, print_table
 MEASURED = tuple(name for name, contender in CONTENDERS.items() if contender.trains and not contender.graphed)
 METHODS = {
     "cuda": "torch.cuda.max_memory_allocated above torch.cuda.memory_allocated before the call",
-    "cpu": "running sum of the allocations and frees of torch.profiler(profile_memory=True)",
+    "cpu": "running sum of the allocations of torch.profiler(profile_memory=True), and the peak of tracemalloc",
 }
 
 
@@ -112,6 +113,10 @@ def peak_on_gpu(call: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def peak_on_cpu(call: Callable[[], Any]) -> tuple[int, Any]:
+    tracemalloc.start()
+    call()  # by itself, because the profiler is Python too
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +124,7 @@ def peak_on_cpu(call: Callable[[], Any]) -> tuple[int, Any]:
         profile.export_chrome_trace(str(trace))
         events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     changes = [event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])]
-    return max(itertools.accumulate(changes, initial=0)), result
+    return peak + max(itertools.accumulate(changes, initial=0)), result
 
 
 def draw(plt, rows: list[dict[str, Any]]):
