@@ -53,7 +53,9 @@ def test_a_run_is_not_continued_with_other_pairs_another_model_or_other_options(
 
     def refused(reason, *arguments):
         assert train("--loss", "bt", "normbt", *arguments) == 2
-        assert reason in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert reason in said
+        assert "to continue: " not in said  # the same command would be refused again
         assert (tmp_path / "out" / "results.json").read_text() == results
 
     refused("out already holds results.json: continue that run with --resume-from-checkpoint last")

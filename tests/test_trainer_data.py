@@ -356,6 +356,19 @@ def test_options_that_would_change_nothing_are_refused(model, tokenizer, tmp_pat
         make_trainer(model, tokenizer, tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (datasets.DatasetDict(train=datasets.Dataset.from_list([TEXT]), test=datasets.Dataset.from_list([TEXT])),
+         "train_dataset has the splits train, test: pass one of them"),
+        ((row for row in [TEXT]), "train_dataset is a generator: pass a list of rows"),
+    ],
+)  # fmt: skip
+def test_what_is_no_data_set_is_refused(model, tokenizer, tmp_path, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model, tokenizer, tmp_path, train_dataset=dataset)
+
+
 def test_tokenizer_is_asked_for(model, tmp_path):
     with pytest.raises(ValueError, match="pass the tokenizer as processing_class"):
         make_trainer(model, None, tmp_path)

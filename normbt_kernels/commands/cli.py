@@ -245,7 +245,8 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
         run.run(job, options, args, keep_checkpoints=any(word.startswith("--save") for word in trainer_arguments))
     except (Exception, KeyboardInterrupt) as error:
         code = _say(error)
-        line = run_folder.continuing(arguments.command_line, output_dir)
+        refused = isinstance(error, run_folder.OtherRun)  # which would refuse the same command again
+        line = None if refused else run_folder.continuing(arguments.command_line, output_dir)
         if line is not None and args.process_index == 0:
             print(f"to continue: {line}", file=sys.stderr)
         return code

@@ -31,6 +31,10 @@ ARRAYS = ("chosen_rewards", "rejected_rewards", "distance")
 FREE = ("output_dir", "resume_from_checkpoint", "logging_dir", "run_name", "disable_tqdm", "report_to", "loss")
 
 
+class OtherRun(UserError):
+    """A folder holds a run that this one cannot continue."""
+
+
 def check(folder: Path, resume: str | None) -> None:
     """Checks, before anything is loaded, that a run can begin in `folder` or, with `resume`, continue there.
 
@@ -61,12 +65,12 @@ def begin(folder: Path, made_from: dict[str, Any]) -> None:
     """Records what the run in `folder` is made from, or compares that with the record of an earlier run.
 
     Raises:
-        UserError: the earlier run was made from something else, or left no record.
+        OtherRun: the earlier run was made from something else, or left no record.
     """
     path = folder / RECORD_NAME
     if not path.exists():
         if held := _holds(folder):
-            raise UserError(
+            raise OtherRun(
                 f"{folder} holds {held}, but no {RECORD_NAME} that says how it was made: choose another --output-dir"
             )
         write_json(path, made_from)
@@ -74,7 +78,7 @@ def begin(folder: Path, made_from: dict[str, Any]) -> None:
     before = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted(before.keys() | made_from.keys()):
         if before.get(name) != made_from.get(name):
-            raise UserError(
+            raise OtherRun(
                 f"{folder} was trained with {name} = {before.get(name)}, not {made_from.get(name)}: choose another "
                 "--output-dir"
             )

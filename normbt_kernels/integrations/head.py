@@ -216,7 +216,7 @@ class HeadReader:
             raise UserError(
                 f"the head {self._name!r} sees {tuple(hidden.shape)} for tokens {self._expected}, not one "
                 "row for each: virtual tokens (prompt tuning) make a reward depend on the padding, and latents "
-                "(Perceiver) are no tokens; use LoRA or prefix tuning, or another model"
+                "(Perceiver) are no tokens; use LoRA, or another model"
             )
         self._tokens = each_at(self._inputs.unpadded_token(inputs, hidden))
         self._rows = hidden[self._tokens]

@@ -51,8 +51,11 @@ class PairsInTrainer:
         """`dataset` as the collator takes it: token ids that are whole and fit; `whole` says that every pair counts.
 
         Raises:
-            UserError: a row is no pair; or all pairs are left out, or one where all count.
+            UserError: it is no data set, or one with splits to train on; a row is no pair; or all pairs are left out,
+                or one where all count.
         """
+        if isinstance(dataset, dict) and name == "train_dataset":
+            raise UserError(f"train_dataset has the splits {', '.join(map(str, dataset))}: pass one of them")
         if isinstance(dataset, dict):
             return {key: self._tokenized(part, f"{name}[{key!r}]") for key, part in dataset.items()}
         if dataset is None or not isinstance(self.data_collator, PreferenceCollator):
@@ -61,6 +64,11 @@ class PairsInTrainer:
         read = _Reader(self.data_collator.tokenizer, name, left_out, self.truncate, self.vocabulary)
         if isinstance(dataset, torch.utils.data.IterableDataset) and not hasattr(dataset, "map"):
             return TokenStream(dataset, read)
+        if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "column_names")):
+            raise UserError(
+                f"{name} is a {type(dataset).__name__}: pass a list of rows, a torch data set, or a "
+                "datasets.Dataset or IterableDataset (whose from_generator takes a generator function)"
+            )
         if not hasattr(dataset, "__len__"):
             return _tokenized_stream(dataset, read)
         if not len(dataset):
