@@ -219,6 +219,23 @@ def test_a_pooled_head_scores_the_same_tokens(options):
         assert_equal(with_shortcut, trained_step(model, batch))
 
 
+def test_who_hooks_the_heads_output_before_the_first_forward_sees_the_gradient():
+    """ZeRO-3 does, to gather the head's weight before backward comes to it."""
+    model, seen = make_model(), []
+    install_shortcuts(model, padding_free=True)
+
+    def hooked(module, args, output):
+        output = output.clone()
+        if output.requires_grad:
+            output.register_hook(lambda gradient: seen.append(gradient))
+        return output
+
+    model.score.register_forward_hook(hooked)
+    model(**make_batch()).logits.sum().backward()
+    assert len(seen) == 1
+    assert (seen[0] == 1).all()
+
+
 @pytest.mark.parametrize("options", EACH)
 def test_evaluation_gives_the_same_rewards(options):
     model, batch = make_model().eval(), make_batch(3)

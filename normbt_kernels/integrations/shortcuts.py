@@ -113,6 +113,7 @@ class Shortcuts:
     def _before_model(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
         if not self._compared:
+            self._stand_last()
             self._compare(inputs)
         if self._taken["padding_free"]:
             inputs = self._packed(inputs)
@@ -123,6 +124,12 @@ class Shortcuts:
                 raise UserError("this batch is packed: it needs install_shortcuts(model, padding_free=True)")
             self._scored.begin(self._scored_tokens(inputs) if self._taken["late_pooling"] else None)
         return (), inputs
+
+    def _stand_last(self) -> None:
+        """Takes the head's rewards after all who hook its output. ZeRO-3 does, in order to gather the weight before
+        backward comes to it, and it hooks only what flows on."""
+        if self._wanted["padding_free"]:
+            self._head.module._forward_hooks.move_to_end(self._hooks[-1].id)
 
     def _rows_of_last_layer(self) -> Tensor | None:
         return self._scored.get() if self._taken["late_pooling"] else None

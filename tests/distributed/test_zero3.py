@@ -18,10 +18,12 @@ if find_spec("deepspeed") is None:
 
 def test_zero3_equals_one_process_and_resumes_bitwise(tmp_path, single, assert_same_training):
     run_ranks(2, "tests.distributed.zero3", tmp_path)
-    whole, resumed = (
-        [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2)] for name in ("zero3", "zero3_resumed")
+    whole, resumed, by_shortcuts = (
+        [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2)]
+        for name in ("zero3", "zero3_resumed", "zero3_by_shortcuts")
     )
     assert_same_training(whole, single)
+    assert_same_training(by_shortcuts, single)
     for rank in range(2):
         assert not whole[rank]["fused"]  # the weight is in pieces
         for name, expected in whole[rank].items():

@@ -33,7 +33,7 @@ CONFIG = {
 }
 
 
-def zero3(folder, resume=None):
+def zero3(folder, resume=None, shortcuts=False):
     # Told of no backend, accelerate takes a machine without GPUs for a single process.
     AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run
     PartialState(backend="gloo")
@@ -48,9 +48,8 @@ def zero3(folder, resume=None):
     )
     model = AutoModelForSequenceClassification.from_pretrained(folder / "initial")
     tokenizer = make_tokenizer()
-    trainer = NormBTTrainer(
-        model, args, train_dataset=ranks.pairs(), processing_class=tokenizer, loss=LinearNormBTLoss()
-    )
+    options = {"loss": LinearNormBTLoss(), "late_pooling": shortcuts, "padding_free": shortcuts}
+    trainer = NormBTTrainer(model, args, train_dataset=ranks.pairs(), processing_class=tokenizer, **options)
     trainer.train(resume_from_checkpoint=resume)
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         return ranks.state(trainer) | {"fused": trainer.fused}
@@ -61,8 +60,12 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "0":
         make_model().save_pretrained(folder / "initial")
     PartialState(backend="gloo").wait_for_everyone()
-    torch.save(zero3(folder), folder / f"zero3-{dist.get_rank()}.pt")
-    torch.save(zero3(folder, resume=str(folder / "checkpoint-3")), folder / f"zero3_resumed-{dist.get_rank()}.pt")
+    for name, options in {
+        "zero3": {},
+        "zero3_resumed": {"resume": str(folder / "checkpoint-3")},
+        "zero3_by_shortcuts": {"shortcuts": True},
+    }.items():
+        torch.save(zero3(folder, **options), folder / f"{name}-{dist.get_rank()}.pt")
     gc.collect()  # the engines, which would otherwise outlive the group, and end its threads at exit
     dist.barrier()
     dist.destroy_process_group()
