@@ -189,7 +189,7 @@ def train_only_what_is_unused(model):
         (lambda model: model.model.requires_grad_(False), "every weight but the head's is frozen"),
         (lambda model: model.score.weight.data.fill_(float("nan")), "the reward or distance of pair 1 is not finite"),
         (lambda model: model.model.norm.weight.data.zero_(), "the same hidden state in every pair"),
-        (train_only_what_is_unused, "no weight of the backbone that is trained changes a reward"),
+        (train_only_what_is_unused, "no trained weight of the backbone changes a reward"),
         (lambda model: setattr(model, "score", torch.nn.Linear(16, 2)), "no Linear layer with one output"),
     ],
 )

@@ -78,7 +78,7 @@ def test_no_message_is_lost_and_none_is_there_twice(row, expected):
     [
         ({"prompt": "two", "answer": [USER, GOOD]}, "opens with a message of role 'user': leave the column 'prompt'"),
         ({"prompt": [USER], "answer": [SYSTEM, GOOD]}, "opens with a message of role 'system'"),
-        ({"system": "five", "answer": [SYSTEM, USER, GOOD]}, "which is not that of the column 'system'"),
+        ({"system": "five", "answer": [SYSTEM, USER, GOOD]}, "differs from the column 'system'"),
         ({"system": "five", "answer": "four"}, "a 'system' column beside plain text"),
         ({"tools": "{", "answer": [USER, GOOD]}, "'tools' is text, but not JSON"),
         ({"chat_template_kwargs": "x", "answer": [USER, GOOD]}, "'chat_template_kwargs' is not an object"),

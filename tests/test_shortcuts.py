@@ -270,7 +270,7 @@ def deaf_to_positions(model):
 def test_sequences_that_see_each_other_are_refused():
     model = deaf_to_positions(make_model())
     install_shortcuts(model, padding_free=True)
-    with pytest.raises(ValueError, match=r"^Llama\w+ is not made for padding_free: .* differs by"):
+    with pytest.raises(ValueError, match=r"^Llama\w+ is not made for padding_free: .* differ by"):
         model(**make_batch(3))
 
 

@@ -308,7 +308,7 @@ def add_lora(model: nn.Module, rank: int, alpha: int | None, targets: Sequence[s
     except ImportError as error:
         raise UserError("--lora-r needs peft: pip install peft") from error
     if isinstance(model, PeftModel):
-        raise UserError("--model is an adapter already, which is trained on as it is: leave --lora-r out")
+        raise UserError("--model is an adapter already, and its training continues: leave out --lora-r")
     chosen = targets[0] if targets is not None and len(targets) == 1 and targets[0] == "all-linear" else targets
     try:
         return get_peft_model(

@@ -201,7 +201,7 @@ def _join(prompt: Text, answer: Text, where: str) -> Text:
     seam = (messages[-1]["role"], answer[0]["role"])
     if not repeated and (seam == ("user", "user") or seam[1] == "system"):
         raise UserError(
-            f"{where}: the prompt is not in the conversation that the answer opens with a message of role "
+            f"{where}: the conversation does not contain the prompt, but the answer opens with a message of role "
             f"{seam[1]!r}: leave the column 'prompt' out, or that message"
         )
     return [*messages, *answer[repeated:]]
@@ -220,5 +220,5 @@ def _with_system(system: Any, conversation: Text, where: str) -> Text:
     if conversation[0]["role"] != "system":
         return [opening, *conversation]
     if _comparable(conversation[:1]) != _comparable([opening]):
-        raise UserError(f"{where}: the conversation has a system message, which is not that of the column 'system'")
+        raise UserError(f"{where}: the system message of the conversation differs from the column 'system'")
     return conversation

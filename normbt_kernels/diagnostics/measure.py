@@ -106,7 +106,7 @@ def diagnose(
         name = f"{name} {num_gradients}"
         norms = np.array(map_resumable(sensitivity, one_by_one, kept_gradients, name, "backbone gradients"))
     if not norms.any():
-        raise UserError("no weight of the backbone that is trained changes a reward: there is no gradient to measure")
+        raise UserError("no trained weight of the backbone changes a reward: there is no gradient to measure")
     return Diagnosis(
         difference=chosen - rejected,
         distance=distance,

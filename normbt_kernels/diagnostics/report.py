@@ -78,11 +78,11 @@ def _slopes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _shares(summary: Mapping[str, Any]) -> list[str]:
-    rows = [["share of the gradient, by distance", "", *QUARTERS]]
-    rows.append(["", "", *_bounds(summary["distance_quartiles"]["edges"])])
+    rows = [["share of the gradient, by distance", *QUARTERS]]
+    rows.append(["", *_bounds(summary["distance_quartiles"]["edges"])])
     for part, shares in summary["distance_quartiles"]["share_of_gradient"].items():
         for loss, label in labels(summary).items():
-            rows.append([f"  {part}", label, *(f"{share:.1%}" for share in shares[loss])])
+            rows.append([f"  {part}, {label}", *(f"{share:.1%}" for share in shares[loss])])
     return aligned(rows)
 
 
@@ -109,7 +109,7 @@ def _number(value: float | None) -> str:
 def _categories(summary: Mapping[str, Any]) -> list[str]:
     names = list(labels(summary).values())
     space = [""] * (len(names) - 1)
-    rows = [["", "", "", "", "share of", "head:", *space, "backbone:", *space]]
+    rows = [["share of the gradient", "", "", "", "", "head:", *space, "backbone:", *space]]
     rows.append(["category", "pairs", "accuracy", "error", "distance", *names, *names])
     for category in summary["categories"]:
         shares = (share for of_part in category["share_of_gradient"].values() for share in of_part.values())

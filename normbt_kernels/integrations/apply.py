@@ -209,8 +209,8 @@ class PairWeights(DistanceEMA):
             self._chosen = None
             if batch.chosen.shape != rows.shape:
                 raise ValueError(
-                    f"layout='apart': the chosen rows are {tuple(batch.chosen.shape)}, the rejected ones of the "
-                    f"forward after {tuple(rows.shape)}"
+                    f"layout='apart': the chosen rows are {tuple(batch.chosen.shape)}, but the rejected rows of the "
+                    f"next forward are {tuple(rows.shape)}"
                 )
             batch.weight = self.weigh(RowPairs(batch.chosen, rows, None, None, "apart"))
         return partial(self._scale_apart, batch, pooled)

@@ -53,7 +53,9 @@ def install_shortcuts(model: nn.Module, *, late_pooling: bool = False, padding_f
     """
     head = find_head(model)
     if head.owner is None:
-        raise UserError(f"no module of {type(model).__name__} around its head takes input_ids: shortcuts begin there")
+        raise UserError(
+            f"no module of {type(model).__name__} around its head takes input_ids, with which shortcuts begin"
+        )
     if hasattr(head.owner, "normbt_shortcuts"):
         raise UserError(f"this {type(head.owner).__name__} has shortcuts already: call remove_shortcuts(model) first")
     head.owner.normbt_shortcuts = Shortcuts(head, late_pooling, padding_free)
@@ -244,8 +246,8 @@ class Shortcuts:
                     off = ((rows - plain).norm(dim=-1) / plain.norm(dim=-1)).max().item()
                     if not off <= self._rounding:
                         raise UserError(
-                            f"{model} is not made for {name}: what its head reads of the first batch differs by "
-                            f"{off:.2g} of its norm, and rounding by at most {self._rounding:.2g}: set {name}=False"
+                            f"{model} is not made for {name}: in the first batch the rows that its head reads differ "
+                            f"by {off:.2g} of their norm, and rounding explains {self._rounding:.2g}: set {name}=False"
                         )
         except BaseException:
             self._compared = False
