@@ -24,7 +24,7 @@ from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import FP_FUSION, num_multiprocessors, on_device, triton_dtype, uses_kernels
 from normbt_kernels.ops.few_pairs import are_few, compute_few_gradients
 from normbt_kernels.ops.launch import LaunchShape, cdiv
-from normbt_kernels.ops.library import define_op, refuse_gradients
+from normbt_kernels.ops.library import define_op, refuse_gradients, with_empty_tables
 from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
 from normbt_kernels.ops.pairs import RowArguments, RowPairs, Vector, cast, load_each
 
@@ -325,7 +325,8 @@ def _compute_linear_gradient(
             weight_gradient += difference.add_(centering).sum(dim=0) / 2
     elif needs_weight or needs_bias:
         head_gradient = upstream.head_gradient * upstream.loss_gradient
-        weight_gradient, bias_gradient = head_gradient[:-1], head_gradient[-1] if needs_bias else None
+        # A copy: an operator's results share no memory.
+        weight_gradient, bias_gradient = head_gradient[:-1], head_gradient[-1].clone() if needs_bias else None
     return Gradients(
         hidden_gradient,
         cast(weight_gradient, head_weight.dtype) if needs_weight else None,
@@ -337,10 +338,12 @@ def _linear_gradient_fake(
     gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, layout,
     hidden_shape, hidden_dtype, bias_dtype, needs_hidden, needs_weight, needs_bias,
 ):  # fmt: skip
-    return (
-        gradient.new_empty(hidden_shape if needs_hidden else (0,), dtype=hidden_dtype),
-        gradient.new_empty(hidden_shape[-1] if needs_weight else 0, dtype=head_weight.dtype),
-        gradient.new_empty(() if needs_bias else (0,), dtype=bias_dtype),
+    return with_empty_tables(
+        Gradients(
+            gradient.new_empty(hidden_shape, dtype=hidden_dtype) if needs_hidden else None,
+            gradient.new_empty(hidden_shape[-1], dtype=head_weight.dtype) if needs_weight else None,
+            gradient.new_empty((), dtype=bias_dtype) if needs_bias else None,
+        )
     )
 
 
@@ -408,19 +411,6 @@ def linear_gradient(
     fake=_linear_gradient_fake,
     autograd=_refuse_second_gradients,
 )
-def linear_gradient_op(
-    gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, layout,
-    hidden_shape, hidden_dtype, bias_dtype, *needs,
-) -> Gradients:  # fmt: skip
-    arguments = (
-        gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, layout,
-        hidden_shape, hidden_dtype, bias_dtype, *needs,
-    )  # fmt: skip
+def linear_gradient_op(*arguments) -> Gradients:
     _check_sizes(*arguments)
-    result = linear_gradient(*arguments)
-    # An operator's results are tensors, (0,) for none, and share no memory: the closed form's bias is a view.
-    dtypes = hidden_dtype, head_weight.dtype, bias_dtype
-    result = Gradients(
-        *(gradient.new_empty(0, dtype=d) if x is None else x for x, d in zip(result, dtypes, strict=True))
-    )
-    return result._replace(head_bias=result.head_bias.clone())
+    return linear_gradient(*arguments)
