@@ -1,7 +1,7 @@
-"""Preference data in a `Trainer`: any data set of text, messages or token ids becomes one of checked token ids.
+"""Preference data in a `Trainer`: turns any data set of text, messages or token ids into one of checked token ids.
 
-list, datasets.Dataset, map-style data set   read before training; left-out pairs are counted, and said
-datasets.IterableDataset, torch stream       read as they come; the first left-out pair is said
+list, datasets.Dataset, map-style data set   read before training; the log counts the pairs that are left out
+datasets.IterableDataset, torch stream       read as they come; the log names the first pair that is left out
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ BY_LENGTH = ("group_by_length", "batch_rebalance")  # strategies of sampling tha
 
 
 class PairsInTrainer:
-    """Before a `Trainer` in the bases of a class: data sets as people have them, if `self.data_collator` is a
+    """A base class to name before `Trainer`: it accepts text, messages or token ids if `self.data_collator` is a
     `PreferenceCollator`. `self.left_out` says which pairs are not used, `self.truncate` whether long sequences are cut
-    instead, `self.vocabulary` which tokens there are."""
+    instead, `self.vocabulary` how many tokens the model knows."""
 
     left_out: LeftOut
     truncate: bool
@@ -48,11 +48,11 @@ class PairsInTrainer:
         self._signature_columns = [*SIDES, *CONSTANTS]
 
     def _tokenized(self, dataset: Any, name: str, whole: bool = False) -> Any:
-        """`dataset` as the collator takes it: token ids that are whole and fit; `whole` says that every pair counts.
+        """`dataset` as the collator takes it: checked token ids. With `whole`, no pair may be left out.
 
         Raises:
-            UserError: it is no data set, or one with splits to train on; a row is no pair; or all pairs are left out,
-                or one where all count.
+            UserError: it is no data set, or several splits to train on; a row is no pair; all pairs are left out, or
+                with `whole` any pair.
         """
         if isinstance(dataset, dict) and name == "train_dataset":
             raise UserError(f"train_dataset has the splits {', '.join(map(str, dataset))}: pass one of them")
@@ -94,12 +94,12 @@ class PairsInTrainer:
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
-        """As in `Trainer`; the data set may hold text or messages too, but no pair longer than `max_length`: the
-        predictions would not be those of the rows."""
+        """As in `Trainer`; the data set may hold text or messages too, but no pair longer than `max_length`, because
+        there is a prediction for each row."""
         return super().get_test_dataloader(self._tokenized(test_dataset, "test_dataset", whole=True))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        """As in `Trainer`; where it goes by length, a pair is as long as the longer one of its sequences."""
+        """As in `Trainer`; the length of a pair is that of its longer sequence."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy in BY_LENGTH and has_length(rows):
             import datasets
@@ -108,7 +108,7 @@ class PairsInTrainer:
         return super()._get_train_sampler(rows)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
-        """In the order of the rows whatever the strategy of sampling: predictions are theirs, one by one."""
+        """In the order of the rows, whatever the strategy of sampling: there is a prediction for each row."""
         if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
             return None
         return torch.utils.data.SequentialSampler(eval_dataset)

@@ -1,4 +1,4 @@
-"""NormBT in the Hugging Face `Trainer`: a collator that lays pairs out, and a trainer that weighs them.
+"""NormBT in the Hugging Face `Trainer`.
 
 data set of {chosen, rejected, prompt?, margin?, pair_weight?}: text or messages
   -> rows {chosen_ids, rejected_ids, margin?, pair_weight?}
@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -37,36 +36,11 @@ from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused
 from normbt_kernels.integrations.pooled_head import PooledHead
 from normbt_kernels.integrations.shortcuts import install_shortcuts, packing_for
 from normbt_kernels.integrations.trainer_data import PairsInTrainer
+from normbt_kernels.integrations.trainer_metrics import PairAccuracy, TrainTotals, pair_accuracy
 from normbt_kernels.integrations.trainer_steps import LossInSteps
 from normbt_kernels.modules import LinearNormBTLoss, NormBTLoss
 
 logger = logging.get_logger(__name__)
-
-
-class PairAccuracy:
-    """`accuracy`: the share of pairs whose chosen reward is strictly greater; `margin`: the mean difference; `bt_loss`:
-    the plain Bradley-Terry loss, which no mu weighs, so that checkpoints can be compared by it.
-
-    Of predictions at once, as one array or as a list of batches (`eval_do_concat_batches=False`); or of one batch after
-    the other (`batch_eval_metrics=True`), the last with `compute_result=True`.
-    """
-
-    def __init__(self) -> None:
-        self._margins: list[np.ndarray] = []
-
-    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        batches = prediction.predictions
-        for chosen_rewards, rejected_rewards, _ in batches if isinstance(batches, list) else [batches]:
-            self._margins.append(np.atleast_1d(torch.as_tensor(chosen_rewards - rejected_rewards).cpu().numpy()))
-        if not compute_result:
-            return {}
-        margin, self._margins = np.concatenate(self._margins), []
-        return {"accuracy": (margin > 0).mean(), "margin": margin.mean(), "bt_loss": np.logaddexp(0, -margin).mean()}
-
-
-def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """`PairAccuracy` of all predictions at once."""
-    return PairAccuracy()(prediction)
 
 
 # --- the trainer ---------------------------------------------------------------------------------------------------
@@ -79,42 +53,42 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
     `num_labels=1`). Data sets hold `chosen` and `rejected` as text or as lists of `{role, content}` messages, which the
     tokenizer's chat template lays out, with or without a `prompt` before them. They may hold the numbers `margin`
     (subtracted from the pair's difference of rewards) and `pair_weight` (multiplied with its loss). Token ids are
-    welcome too, as `chosen_ids` and `rejected_ids`. The rewards of decoders are read where the saved model will score:
-    at the rightmost token that is not the pad token. The first batch compares them with the model's own.
+    welcome too, as `chosen_ids` and `rejected_ids`. The rewards of decoders are read where the saved model scores: at
+    the rightmost token that is not the pad token. The first batches compare them with the model's own.
 
     If the head's weight is a plain, whole tensor on this rank (one device, DDP), the head is fused with the loss and
     gives fp32 rewards. Otherwise the rewards are the model's own, and the loss reads only the distance from the hidden
-    states: in fp32, by `PooledHead`, if the weight is sharded (FSDP, ZeRO-3); as the head gives them if it is quantised
-    or has LoRA. The log says which form is used, and why.
+    states. A sharded head (FSDP, ZeRO-3) then gives fp32 rewards by `PooledHead`; a head that is quantised or has LoRA
+    gives its own. The log says which form is used, and why.
 
     `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks. The `mu`
     from before the step weighs them all, so accumulation does not change what is trained (`LossInSteps`).
 
     Ranks: gradients are averaged over ranks as DDP and FSDP do; `mu` costs one reduction of two floats for each step.
-    accelerate's `even_batches` (its default) gives every rank as many pairs, so that both are what one process computes
-    on the joined batch. Each rank reads its own batches: `dispatch_batches` would cut them through the middle of the
-    pairs, and is turned off.
+    By default accelerate (`even_batches`) gives every rank as many pairs, so gradients and `mu` are those of one
+    process on the joined batch. Each rank reads its own batches: `dispatch_batches` is turned off, because it would cut
+    a batch between chosen and rejected sequences.
 
     Logs `mu`, `mean_distance`, `min_weight`, `mean_weight`, `max_weight`, `bt_loss` (unweighted, comparable between
-    losses), `accuracy` and `margin` over all pairs since the last log, with one copy to the host; evaluation adds
-    `eval_loss`, `eval_accuracy`, `eval_margin` and `eval_bt_loss`. The last is the plain Bradley-Terry loss, which no
-    mu weighs: choose it for `metric_for_best_model`, as `eval_loss` measures each checkpoint by its own mu. No step
-    between reads the loss: `logging_nan_inf_filter`, by which Trainer would, is turned off. Where a loss is not finite,
-    `bt_loss` shows it and `loss` counts the one before. The state of the loss is saved in every checkpoint: a resumed
-    run continues with it, and the best model is evaluated with it.
+    losses), `accuracy` and `margin` over all pairs since the last log, with one copy to the host. Evaluation adds
+    `eval_loss`, `eval_accuracy`, `eval_margin` and `eval_bt_loss`. Choose `eval_bt_loss` for `metric_for_best_model`:
+    no mu weighs it, while `eval_loss` measures each checkpoint by its own mu. Between logs the host reads no loss:
+    `logging_nan_inf_filter`, for which Trainer would read it, is turned off. If a loss is not finite, `bt_loss` shows
+    it and `loss` counts the one before. Every checkpoint holds the state of the loss: a resumed run continues with it,
+    and the best model is evaluated with it.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`; without a
             collator, `PreferenceCollator` of the tokenizer (or of the processor's tokenizer). The model may be the name
             of a checkpoint, and then needs no tokenizer. With `model_init` in place of a model, each model that it
             makes is trained with a copy of the loss, `self.pair_loss`.
-        loss: a module called as `LinearNormBTLoss` is (the default where the head can be fused), or a `NormBTLoss`
-            (the default elsewhere, and made from a `LinearNormBTLoss`).
-        max_length: pairs with a sequence of more tokens are left out of training and evaluation, and counted in the
-            log; the tokenizer's `model_max_length` if None. So are all pairs longer than the model has positions for.
-        truncate: cut such sequences there, where the tokenizer cuts, in place of leaving their pairs out.
-        keep_identical: whether pairs with the same tokens on both sides are trained on: otherwise they are left out,
-            and counted in the log.
+        loss: a module with the call of `LinearNormBTLoss` (the default if the head can be fused), or a `NormBTLoss`
+            (the default otherwise; a `LinearNormBTLoss` is then turned into one).
+        max_length: pairs with a sequence of more tokens (by default the tokenizer's `model_max_length`), or of more
+            tokens than the model has positions for, are left out and counted in the log.
+        truncate: cut such sequences instead, at the side where the tokenizer cuts.
+        keep_identical: train on pairs with the same tokens on both sides too. By default they are left out and counted
+            in the log.
         late_pooling, padding_free: as in `install_shortcuts`, with batches that the collator packs.
         compute_metrics: receives the predictions `(chosen_rewards, rejected_rewards, distance)`, each `(P,)`.
         **kwargs: everything else that `Trainer` takes.
@@ -183,14 +157,14 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         self._follow(self.model)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """As in `Trainer`; what is trained is the new model, with a loss that has seen no other."""
+        """As in `Trainer`; the new model is trained with a loss of its own."""
         model = super().call_model_init(trial)
-        if hasattr(self, "pair_loss"):  # else it is the first one, which __init__ follows
+        if hasattr(self, "pair_loss"):  # the first model, which __init__ follows, comes before
             self._follow(model)
         return model
 
     def _follow(self, model: nn.Module) -> None:
-        """Makes the loss that of `model`, and reads its head.
+        """Makes the loss for `model`, and a reader of its head.
 
         Raises:
             ValueError: as the constructor, about the model.
@@ -318,8 +292,8 @@ def _check_arguments(args: TrainingArguments) -> None:
 
 
 def _align_padding(owner: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Has the model know the tokenizer's pad token, by which it finds the token to score, from the start: `Trainer`
-    sees to it in `train`, and decoders without one refuse to be evaluated before."""
+    """Gives the model the tokenizer's pad token, by which it finds the token to score. `Trainer` does so only in
+    `train`, and decoders without a pad token cannot be evaluated before."""
     config = getattr(owner, "config", None)
     if hasattr(config, "get_text_config"):
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -346,39 +320,3 @@ def loss_and_form(loss: nn.Module | None, why_not_fused: str | None) -> tuple[nn
     if not isinstance(loss, NormBTLoss):
         raise ValueError(f"{type(loss).__name__} needs the head's weight, but {why_not_fused}: pass a NormBTLoss")
     return loss, False
-
-
-# --- logging -------------------------------------------------------------------------------------------------------
-
-
-class TrainTotals:
-    """Statistics of the batches since the last log: added up on the device, copied to the host once per log."""
-
-    MEANS = ("bt_loss", "accuracy", "mean_distance", "margin", "mean_weight")
-
-    def __init__(self, device: torch.device):
-        self._sums = torch.zeros(len(self.MEANS) + 1, device=device)  # the last entry counts pairs
-        self._range = torch.zeros(2, device=device)
-        self._restart()
-
-    def _restart(self) -> None:
-        self._sums.zero_()
-        self._range.fill_(float("inf"))  # least weight, and least negated weight
-
-    def add(self, stats: NormBTStats) -> None:
-        margin = (stats.chosen_rewards - stats.rejected_rewards).mean()
-        weight = stats.weight
-        means = (stats.bt_loss, stats.accuracy, stats.mean_distance, margin, weight.mean(), torch.ones_like(margin))
-        self._sums += len(weight) * torch.stack(means)
-        self._range = torch.minimum(self._range, torch.stack([weight.amin(), -weight.amax()]))
-
-    def drain(self, gather: Callable[[Tensor], Tensor], mu: Tensor | None) -> dict[str, float]:
-        """Means over all pairs of all ranks since the last call, the range of their weights, and `mu` as it is now."""
-        of_rank = torch.cat([self._sums, self._range] + ([] if mu is None else [mu.reshape(1)]))
-        columns = list(zip(*gather(of_rank.unsqueeze(0)).tolist(), strict=True))
-        self._restart()
-        *sums, num_pairs = map(sum, columns[: len(self.MEANS) + 1])
-        least, least_negated = map(min, columns[len(self.MEANS) + 1 :][:2])
-        logs = {name: total / num_pairs for name, total in zip(self.MEANS, sums, strict=True)}
-        logs |= {"min_weight": least, "max_weight": -least_negated}
-        return logs if mu is None else logs | {"mu": columns[-1][0]}

@@ -52,8 +52,8 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
     It replaces `compute_loss`; everything else is the trainer's own. `margin` and `center_rewards_coefficient` act as
     in TRL: the margin inside the sigmoid, the centering unweighted. It logs TRL's metrics, each the mean over the
     batches since the last log, and also `mu`, `mean_distance`, `bt_loss` (unweighted, comparable with TRL's `loss`) and
-    the range and mean of the weights. They stay on the device until then: one copy to the host per log, in which every
-    rank must take part. Every checkpoint holds the state of the loss: a resumed run continues with it, and the best
+    the range and mean of the weights. They stay on the device until the log, which makes one copy to the host; every
+    rank must log. Every checkpoint holds the state of the loss: a resumed run continues with it, and the best
     model is evaluated with it. Choose `eval_bt_loss` for `metric_for_best_model`.
 
     `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks. The `mu`
@@ -173,7 +173,7 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         self._unlogged.append((mode, torch.stack([metric.float() for metric in of_batch])))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`RewardTrainer.log`, after the metrics since the last log were brought to the host."""
+        """As in `RewardTrainer`, after the metrics since the last log were copied to the host."""
         if self._unlogged:
             self._fetch_metrics()
         super().log(logs, start_time)
