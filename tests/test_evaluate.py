@@ -175,7 +175,7 @@ def test_bf16_ties_count_as_wrong_even_where_fp32_would_break_them(tmp_path, cap
     assert ties >= 5
     assert reports["bfloat16"]["num_ties"] == ties
     assert reports["bfloat16"]["all_pairs"] == np.mean([c > r for c, r in zip(*own, strict=True)]) < 1
-    assert f"in bfloat16; {ties} ties count as wrong" in capsys.readouterr().out
+    assert f"in bfloat16; ties, which count as wrong: {ties}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", ["json", "parquet"])

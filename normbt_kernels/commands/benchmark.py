@@ -114,7 +114,7 @@ def table(report: Mapping[str, Any]) -> str:
         )
     if report["num_nan"]:
         lines.append(f"NaN, and counted as wrong: a reward of {report['num_nan']} questions. Try another --dtype.")
-    lines.append(f"Right is strictly greater, in {report['dtype']}; {report['num_ties']} ties count as wrong.")
+    lines.append(f"Right is strictly greater, in {report['dtype']}; ties, which count as wrong: {report['num_ties']}.")
     return "\n".join(lines)
 
 

@@ -135,5 +135,5 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(f"Left out {report['num_left_out']} pairs longer than {report['max_length']} tokens.")
     if report["num_nan"]:
         lines.append(f"NaN, and counted as wrong: a reward of {report['num_nan']} pairs. Try another --dtype.")
-    lines.append(f"Right is chosen > rejected, in {report['dtype']}; {report['num_ties']} ties count as wrong.")
+    lines.append(f"Right is chosen > rejected, in {report['dtype']}; ties, which count as wrong: {report['num_ties']}.")
     return "\n".join(lines)

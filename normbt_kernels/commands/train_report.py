@@ -200,7 +200,7 @@ def _difference(group: dict[str, Any], column: str) -> list[str]:
     difference, pairs = group["difference"][column], group["num_pairs"]
     text = _rounded(difference["mean"], pairs, sign=True)
     if difference["interval"] is not None:
-        text += f" +- {difference['interval']:.3f}"
+        text += f" +- {_rounded(difference['interval'], pairs)}"
     return [str(pairs), text, f"{difference['disagree']:.0f}", f"{difference['right_where_they_disagree']:.0f}"]
 
 

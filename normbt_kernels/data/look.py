@@ -72,13 +72,13 @@ def _lines(known: dict[str, Any], train: Prepared) -> list[str]:
     if known["longer_side_chosen"] is not None:
         lines.append(f"the longer side is the chosen one in {known['longer_side_chosen']:.0%} of the pairs")
     for name, what in (
-        ("identical_pairs", "training pairs have the same tokens on both sides, and are kept"),
-        ("repeated_pairs", "training pairs are there more than once"),
-        ("reversed_pairs", "training pairs are there with both labels"),
-        ("held_out_pairs_trained_on", "held-out pairs are training pairs too: accuracy on them is no measure"),
+        ("identical_pairs", "training pairs with the same tokens on both sides, which are kept"),
+        ("repeated_pairs", "training pairs that are there more than once"),
+        ("reversed_pairs", "training pairs that are there with both labels"),
+        ("held_out_pairs_trained_on", "held-out pairs that are training pairs too, on which accuracy says nothing"),
     ):
         if known[name]:
-            lines.append(f"{known[name]} {what}")
+            lines.append(f"{what}: {known[name]}")
     if known["unknown_tokens"]:
         lines.append(f"{known['unknown_tokens']:.1%} of the tokens are unknown to the tokenizer")
     return lines
