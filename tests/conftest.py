@@ -1,4 +1,4 @@
-"""What tests in several files ask for."""
+"""Fixtures for tests in several files."""
 
 import gc
 import logging
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_no_garbage():
-    """Trainer collects garbage after each training, and would look through all imported libraries each time."""
+    """Trainer collects garbage after each training: without this, it would search all imported libraries each time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -16,7 +16,7 @@ def _imports_are_no_garbage():
 
 @pytest.fixture
 def tokenizer():
-    """Of the vocabulary of `tiny_pairs.py`, in which each test may change what it likes."""
+    """A tokenizer with the vocabulary of `tiny_pairs.py`. Each test has its own, and may change it."""
     from tests.tiny_pairs import make_tokenizer
 
     return make_tokenizer()
@@ -24,10 +24,24 @@ def tokenizer():
 
 @pytest.fixture
 def messages(caplog):
-    """What this package and transformers log, whose logger keeps its records to itself."""
+    """The log of this package and of transformers, whose logger does not pass its records on."""
     for name in ("transformers", "normbt_kernels"):
         caplog.set_level(logging.INFO, logger=name)
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(scope="module")
+def built_in_checkpoint(tmp_path_factory):
+    """The folder of a model and tokenizer of the built-in default, untrained."""
+    import torch
+
+    from normbt_kernels.data import generated
+
+    folder, tokenizer = tmp_path_factory.mktemp("built-in"), generated.make_tokenizer()
+    torch.manual_seed(0)
+    generated.make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -298,16 +298,6 @@ def test_the_built_in_model_is_trained_with_plain_bt(monkeypatch):
         torch.testing.assert_close(loss, -logsigmoid(chosen - rejected).mean(), rtol=1e-6, atol=0)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = generated.make_tokenizer()
-    torch.manual_seed(0)
-    generated.make_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def write_pairs(path, num_pairs=40):
     pairs = generated.make_pairs(num_pairs, seed="any")
     rows = [{"chosen": pair.chosen, "rejected": pair.rejected, "subset": pair.category} for pair in pairs]
@@ -315,10 +305,10 @@ def write_pairs(path, num_pairs=40):
     return path
 
 
-def test_a_checkpoint_and_a_file(tmp_path, checkpoint, capsys):
+def test_a_checkpoint_and_a_file(tmp_path, built_in_checkpoint, capsys):
     data = write_pairs(tmp_path / "pairs.jsonl")
     options = ("--num-gradients", 12, "--max-length", 14, "--out", tmp_path / "mine.json")
-    assert run_cli("--model", checkpoint, "--dataset", data, *options) == 0
+    assert run_cli("--model", built_in_checkpoint, "--dataset", data, *options) == 0
     report = json.loads((tmp_path / "mine.json").read_text())
     assert report["num_pairs"] + report["num_left_out"] == 40
     assert report["num_left_out"] > 0
@@ -358,8 +348,15 @@ def test_a_causal_lm_is_diagnosed_with_a_new_head(tmp_path, capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
 @pytest.mark.slow
-def test_a_killed_run_is_continued(tmp_path, checkpoint, monkeypatch):
-    arguments = ("--model", checkpoint, "--dataset", write_pairs(tmp_path / "pairs.jsonl", 150), "--num-gradients", 150)
+def test_a_killed_run_is_continued(tmp_path, built_in_checkpoint, monkeypatch):
+    arguments = (
+        "--model",
+        built_in_checkpoint,
+        "--dataset",
+        write_pairs(tmp_path / "pairs.jsonl", 150),
+        "--num-gradients",
+        150,
+    )
     partial = tmp_path / ".out.json.partial.gradients"
     process = Command("normbt_kernels", "diagnose", *arguments, "--out", "out.json", cwd=tmp_path)
     process.wait_until(lambda: partial.exists() and partial.read_bytes().count(b"\n") >= 10)
@@ -398,23 +395,25 @@ def test_a_killed_run_is_continued(tmp_path, checkpoint, monkeypatch):
         (["--device", "toaster"], "--device toaster: "),
     ],
 )
-def test_mistakes_are_said_in_one_line_before_any_work(tmp_path, checkpoint, monkeypatch, capsys, arguments, message):
+def test_mistakes_are_said_in_one_line_before_any_work(
+    tmp_path, built_in_checkpoint, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "_half_trained", lambda *args: pytest.fail("a model was trained"))
     monkeypatch.setattr(command, "load_model", lambda *args: pytest.fail("a model was loaded"))
     write_pairs(tmp_path / "good.jsonl", 4)
     (tmp_path / "bad.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "a"}\n')
-    assert run_cli(*(checkpoint if argument == "MODEL" else argument for argument in arguments)) == 2
+    assert run_cli(*(built_in_checkpoint if argument == "MODEL" else argument for argument in arguments)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("normbt: error: ")]
     assert len(errors) == 1
     assert message in errors[0]
     assert not list(tmp_path.glob("normbt-diagnosis*"))
 
 
-def test_without_matplotlib_there_is_no_figure(tmp_path, checkpoint, monkeypatch, capsys):
+def test_without_matplotlib_there_is_no_figure(tmp_path, built_in_checkpoint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     data = write_pairs(tmp_path / "pairs.jsonl", 12)
-    assert run_cli("--model", checkpoint, "--dataset", data, "--out", tmp_path / "out.json") == 0
+    assert run_cli("--model", built_in_checkpoint, "--dataset", data, "--out", tmp_path / "out.json") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "pairs.jsonl"]
     assert "no figure: it needs matplotlib" in capsys.readouterr().out
 

@@ -235,16 +235,6 @@ def test_long_pairs_are_left_out_and_counted(tmp_path, checkpoint, capsys):
 # --- the built-in default, and stopping ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def built_in_checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("built-in")
-    tokenizer = generated.make_tokenizer()
-    torch.manual_seed(0)
-    generated.make_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_a_checkpoint_of_the_built_in_default_needs_no_data(tmp_path, built_in_checkpoint):
     assert run_cli(built_in_checkpoint, "--batch-size", 100, "--out", tmp_path / "out.json") == 0
     report = json.loads((tmp_path / "out.json").read_text())
