@@ -1,6 +1,9 @@
 """NormBT for reward models as fused Triton kernels: the distance-normalised Bradley-Terry loss (arXiv:2512.06343).
 
-The names are imported when they are first used: the command line says its help and version without PyTorch.
+A new option of the loss goes into ops/terms.py, checks.py, functional.py and modules.py; a new trainer into
+integrations/, a new benchmark into evaluation/, a new command into commands/, a new file format into data/.
+
+The public names are imported when they are first used, so that the command line shows its help without PyTorch.
 """
 
 from __future__ import annotations
