@@ -94,7 +94,7 @@ class TrainOptions:
     column: tuple[str, ...] | None = _several(
         "what the data set calls a column: chosen=response_j rejected=response_k", metavar="NAME=COLUMN"
     )
-    chat_template: str | None = _text("Jinja file with the chat template, in place of the tokenizer's", "FILE")
+    chat_template: str | None = _text("Jinja file with the chat template to use instead of the tokenizer's", "FILE")
     loss: tuple[str, ...] | None = _several(
         "losses to train with, one model each, from the same initial weights and in the same data order: "
         "bt (Bradley-Terry) or normbt, each as it is or followed by -margin (the pair's margin is subtracted from "
@@ -121,9 +121,7 @@ class TrainOptions:
     )
     center_coef: float = _option(0.0, "all losses: weight of the mean of (chosen + rejected reward)^2", metavar="F")
     max_length: int = _option(2048, "pairs with a sequence of more tokens are left out, and counted", metavar="N")
-    truncate: bool = _switch(
-        "cut long sequences at --max-length, where the tokenizer cuts, in place of leaving them out"
-    )
+    truncate: bool = _switch("cut long sequences at --max-length, at the tokenizer's side, instead of leaving them out")
     keep_identical: bool = _switch("train on pairs with the same tokens on both sides too; else left out, and counted")
     late_pooling: bool = _switch(
         "in the last layer compute the token that is scored and no other: the same rewards and gradients in less time "
@@ -197,7 +195,7 @@ _DATASET = (
 )
 _CONFIG = "configuration of a hub dataset that has several"
 _MAX_LENGTH = "pairs with a sequence of more tokens are left out, and counted"
-_TRUNCATE = "cut long sequences there in place of leaving them out"
+_TRUNCATE = "cut long sequences at --max-length instead of leaving them out"
 _BATCH_SIZE = "pairs per forward pass"
 _DEVICE = "cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)"
 

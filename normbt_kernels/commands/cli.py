@@ -89,7 +89,7 @@ With --out, give a stopped command again to continue it. FILE.json appears when 
 """
 
 DIAGNOSE_DESCRIPTION = """\
-Measure which pairs receive the gradient of plain Bradley-Terry (BT), and how NormBT would share it out.
+Measure which pairs receive the gradient of plain Bradley-Terry (BT), and how NormBT would distribute it.
 
   normbt diagnose
       The built-in default: a tiny Llama after a short training with BT, on the built-in held-out pairs.
@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose = add(
         "diagnose",
         _diagnose,
-        "how BT and NormBT share out the gradient over your pairs under your model",
+        "which of your pairs receive the gradient of your model, under BT and under NormBT",
         usage="normbt diagnose [--model PATH|ID] [--dataset PATH|ID] [options]",
         description=DIAGNOSE_DESCRIPTION,
         epilog=DIAGNOSE_EPILOG,
@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", metavar="PATH|ID", help="tokenizer with the chat template (default: the checkpoint's own)"
     )
     export.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja file with the chat template, in place of the tokenizer's"
+        "--chat-template", metavar="FILE", help="Jinja file with the chat template to use instead of the tokenizer's"
     )
     add("info", _info, "versions, devices and backends, and a self-check of the loss")
     return parser

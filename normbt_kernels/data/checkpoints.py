@@ -293,7 +293,7 @@ def _load_adapter(name: str, base_name: str, base: PreTrainedModel, missing: lis
 
 
 def add_lora(model: nn.Module, rank: int, alpha: int | None, targets: Sequence[str] | None) -> nn.Module:
-    """`model` with LoRA matrices to train in place of its weights, and its head, which is trained in full.
+    """`model` with LoRA matrices, which are trained instead of its weights, and its head, which is trained in full.
 
     Args:
         model: a sequence classifier, or an adapter on one, which is refused.

@@ -80,7 +80,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`; without a
             collator, `PreferenceCollator` of the tokenizer (or of the processor's tokenizer). The model may be the name
-            of a checkpoint, and then needs no tokenizer. With `model_init` in place of a model, each model that it
+            of a checkpoint, and then needs no tokenizer. With `model_init` instead of a model, each model that it
             makes is trained with a copy of the loss, `self.pair_loss`.
         loss: a module with the call of `LinearNormBTLoss` (the default if the head can be fused), or a `NormBTLoss`
             (the default otherwise; a `LinearNormBTLoss` is then turned into one).
