@@ -25,8 +25,8 @@ def sentence(summary: Mapping[str, Any]) -> str:
     shares = summary["distance_quartiles"]["share_of_gradient"]["backbone"]
     (near, *_, far), (near_after, *_, far_after) = shares["bt"], shares["normbt"]
     shift = (
-        f"the closest quarter of these pairs would receive {near_after:.0%} of the backbone's gradient instead of "
-        f"{near:.0%}, and the farthest {far_after:.0%} instead of {far:.0%}."
+        f"the closest quarter of these pairs would receive {near_after:.0%} of the backbone's gradient in place of "
+        f"{near:.0%}, and the farthest {far_after:.0%} in place of {far:.0%}."
     )
     power, slopes = summary["recommended_power"], summary["slopes"]["backbone"]
     if power is None:
