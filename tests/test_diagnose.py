@@ -61,10 +61,10 @@ def naive(model, rows):
 )
 def test_gradients_agree_with_one_backward_per_pair(architecture, padding_side):
     model = make_model(architecture)
-    rows = make_rows(23)
+    rows = make_rows(11)
     for row in rows:  # with and without padding
         row["rejected_ids"] = row["rejected_ids"][: len(row["chosen_ids"])]
-    found = diagnose(model, make_tokenizer(padding_side), rows, num_gradients=23, batch_size=4)
+    found = diagnose(model, make_tokenizer(padding_side), rows, num_gradients=11, batch_size=4)
     distance, norms = naive(model, rows)
     exact_distance, exact_norms = naive(make_model(architecture, torch.float64), rows)
     assert_as_good_as(found.distance, distance, exact_distance)
@@ -291,6 +291,7 @@ def test_the_built_in_model_is_trained_with_plain_bt(monkeypatch):
 
     monkeypatch.setattr(command, "LinearBTLoss", Watched)
     monkeypatch.setattr(command, "FEW_STEPS", 2)
+    monkeypatch.setattr(generated, "NUM_TRAIN_PAIRS", 64)
     command._half_trained(GENERATED, generated.make_tokenizer(), "cpu")
     assert len(calls) == 2
     for rewards, loss in calls:
@@ -338,7 +339,8 @@ def make_built_in_model():
     return generated.make_model(generated.make_tokenizer())
 
 
-def test_a_causal_lm_is_diagnosed_with_a_new_head(tmp_path, capsys):
+def test_a_causal_lm_is_diagnosed_with_a_new_head(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generated, "NUM_EVAL_PAIRS", 40)
     tokenizer = generated.make_tokenizer()
     LlamaForCausalLM(make_built_in_model().config).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
@@ -353,9 +355,9 @@ def test_a_killed_run_is_continued(tmp_path, built_in_checkpoint, monkeypatch):
         "--model",
         built_in_checkpoint,
         "--dataset",
-        write_pairs(tmp_path / "pairs.jsonl", 150),
+        write_pairs(tmp_path / "pairs.jsonl", 100),
         "--num-gradients",
-        150,
+        100,
     )
     partial = tmp_path / ".out.json.partial.gradients"
     process = Command("normbt_kernels", "diagnose", *arguments, "--out", "out.json", cwd=tmp_path)
@@ -363,7 +365,7 @@ def test_a_killed_run_is_continued(tmp_path, built_in_checkpoint, monkeypatch):
     process.kill()
     assert not list(tmp_path.glob("out.*"))
     num_kept = partial.read_bytes().count(b"\n") - 1
-    assert num_kept < 150
+    assert num_kept < 100
 
     measured = []
     monkeypatch.setattr(
@@ -375,7 +377,7 @@ def test_a_killed_run_is_continued(tmp_path, built_in_checkpoint, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     assert run_cli(*arguments, "--out", "out.json") == 0
-    assert len(measured) == 150 - num_kept
+    assert len(measured) == 100 - num_kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png", "pairs.jsonl"]
     assert run_cli(*arguments, "--out", "again.json") == 0
     continued, whole = (json.loads((tmp_path / name).read_text())["sample"] for name in ("out.json", "again.json"))

@@ -78,11 +78,11 @@ SCENARIOS = {
 }
 
 
-def train(scenario, folder, loss=None, eager=False, **arguments):
+def train(scenario, folder, loss=None, eager=False, num_layers=2, **arguments):
     """Trains a few steps; the trainer afterwards, and its model's parameters."""
     architecture, side, features, constants, adapt = SCENARIOS[scenario]
     tokenizer = make_tokenizer(side)
-    model = make_model(architecture, attn_implementation="eager")
+    model = make_model(architecture, attn_implementation="eager", num_hidden_layers=num_layers)
     if adapt is not None:
         torch.manual_seed(0)
         model = adapt(model)
@@ -166,9 +166,9 @@ def test_bf16_training_is_as_close_to_fp32_as_eager_normbt_in_bf16(eager_run, tm
     ("scenario", "loss"), [("llama, left, accumulation", NormBTLoss), ("bert, LoRA, accumulation", LinearNormBTLoss)]
 )
 def test_compiled_training_equals_eager_normbt(tmp_path, scenario, loss):
-    eager, expected = train(scenario, tmp_path, eager=True)
+    eager, expected = train(scenario, tmp_path, eager=True, num_layers=1)
     # aot_eager traces forward and backward as torch_compile=True does, and generates no C++.
-    trainer, moved = train(scenario, tmp_path, loss(), torch_compile_backend="aot_eager")
+    trainer, moved = train(scenario, tmp_path, loss(), num_layers=1, torch_compile_backend="aot_eager")
     assert trainer.args.torch_compile
     assert losses(trainer) == pytest.approx(losses(eager), rel=1e-5)
     for name, seen in moved.items():
