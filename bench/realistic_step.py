@@ -61,10 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--median-length", type=int, help="of its sequences (default: 64, on a GPU 512)")
     parser.add_argument("--log-deviation", type=float, default=0.7, help="of their lengths (default: %(default)s)")
     parser.add_argument("--lengths", type=Path, metavar="FILE", help="of these pairs, as normbt train reads them")
-    parser.add_argument("--tokenizer", metavar="PATH|ID", help="for --lengths")
+    parser.add_argument("--tokenizer", metavar="PATH|ID", help="that counts the tokens of --lengths")
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.lengths is not None and options.tokenizer is None:
+        raise SystemExit("--lengths needs a --tokenizer, which counts the tokens")
     report = Report("realistic-step", options)
     gpu = options.device.type == "cuda"
     settings = {
@@ -74,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         "num_pairs": options.num_pairs or 8,
         "median_length": options.median_length or (512 if gpu else 64),
         "log_deviation": options.log_deviation,
-        "lengths": str(options.lengths) if options.lengths else "log-normal",
+        "lengths": f"{options.lengths} by {options.tokenizer}" if options.lengths else "log-normal",
         "batches": options.steps or (6 if options.quick else 24),
     }
     pairs = make_pairs(settings, options)
