@@ -173,9 +173,9 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
         benchmark("memory", memory, "--entry", "linear", *rows, "--contender", "bt-eager", "eager", "ours"),
         Stage(
             "bench all",
-            # static needs no GPU, and triton 3.6's interpreter not every numpy: CI runs it
+            # static needs no GPU, and triton 3.6's interpreter not every numpy: CI runs it. host is a stage below.
             (PYTHON, "-m", "bench", "all", "--quick", "--out", str(out),
-             "--skip", "static", *(["speed", "memory", "scaling"] if smoke else [])),
+             "--skip", "static", "host", *(["speed", "memory", "scaling"] if smoke else [])),
             400,
             writes=[out / f"{name}.json" for name in ("speed", "memory", "scaling", "train-step")],
             skip=no_use,
