@@ -50,16 +50,20 @@ LEFT_OUT = LeftOut(96)  # tokens, of a piece of code
 PAIRS_OF_A_STEP = 16
 DIAGNOSED_SEED = 100  # whose diagnosis recommends the power
 POINTS = ("start", "middle", "end")
+LOSSES = ("bt", "normbt", "recommended")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratings", type=Path, required=True, help="source distribution of vaderSentiment 3.3.2")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=tuple(MODELS), help="to diagnose (default: both)")
+    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=LOSSES, help="to train with (default: all three)")
     parser.add_argument("--seeds", type=int, help="of training (default: 4, --quick: 2)")
-    parser.add_argument("--learning-rate", nargs="+", type=float, default=(5e-5, 2e-4), help="(default: 5e-5 2e-4)")
-    parser.add_argument("--steps", type=int, help=f"of a run, {PAIRS_OF_A_STEP} pairs each (default: 80, --quick: 4)")
+    parser.add_argument("--learning-rate", nargs="+", type=float, default=(1e-4,), help="(default: 1e-4)")
+    parser.add_argument("--steps", type=int, help=f"of a run, {PAIRS_OF_A_STEP} pairs each (default: 50, --quick: 4)")
     parser.add_argument("--test-pairs", type=int, help="(default: 400, --quick: 48)")
-    parser.add_argument("--gradients", type=int, help="of a diagnosis (default: 96, --quick: 48)")
+    parser.add_argument(
+        "--gradients", type=int, help="of a diagnosis, of twice as many pairs (default: 64, --quick: 48)"
+    )
     parser.add_argument(
         "--runs", type=Path, default=Path("pretrained-runs"), help="finished runs (default: %(default)s)"
     )
@@ -74,13 +78,13 @@ def run(options: argparse.Namespace) -> int:
     experiment = Experiment(
         sentences=sentences,
         test_pairs={"ratings": rated_pairs(sentences, True, num_test, 0), "rules": rule_pairs(num_test)},
-        steps=options.steps or (4 if quick else 80),
-        num_gradients=options.gradients or (48 if quick else 96),
+        steps=options.steps or (4 if quick else 50),
+        num_gradients=options.gradients or (48 if quick else 64),
         use_cpu=options.device.type == "cpu",
         runs=options.runs,
     )
     seeds = range(options.seeds or (2 if quick else 4))
-    results = experiment.results(options.model, options.learning_rate, seeds)
+    results = experiment.results(options.model, options.loss, options.learning_rate, seeds)
     print_slopes(results["slopes"])
     for rate, of in results["learning_rates"].items():
         print_groups(f"MiniLM at {rate}", of["groups"], dict.fromkeys(results["contenders"], float(rate)))
@@ -103,7 +107,9 @@ class Experiment:
     use_cpu: bool
     runs: Path
 
-    def results(self, models: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
+    def results(
+        self, models: Sequence[str], losses: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]
+    ) -> dict[str, Any]:
         """What is reported, as JSON has it."""
         fresh = [
             {"model": model, "task": task, "point": "start", "seed": seeds[0]}
@@ -113,16 +119,10 @@ class Experiment:
             for model in models
             for task, pairs in self.test_pairs.items()
         ]
-        advice = self._kept(
-            "recommended",
-            lambda: self.diagnose_fresh(
-                "minilm",
-                rated_pairs(self.sentences, False, len(self.test_pairs["ratings"]), DIAGNOSED_SEED),
-                DIAGNOSED_SEED,
-            ),
-        )
-        power = advice["recommended_power"]
-        contenders = ["bt", "normbt"] + ([] if power in (None, 0.0, 1.0) else [f"normbt^{power:g}"])
+        train_pairs = rated_pairs(self.sentences, False, 2 * self.num_gradients, DIAGNOSED_SEED)
+        advice = self._kept("recommended", lambda: self.diagnose_fresh("minilm", train_pairs, DIAGNOSED_SEED))
+        names = [name_of(loss, advice["recommended_power"]) for loss in losses]
+        contenders = [name for name in names if name is not None]
         runs = {
             (contender, rate, seed): self._kept(
                 f"minilm-{contender}-lr{rate:g}-seed{seed}",
@@ -130,15 +130,16 @@ class Experiment:
                     contender, rate, seed, with_slopes=contender == "bt" and rate == learning_rates[0]
                 ),
             )
+            for contender in contenders
             for rate in learning_rates
             for seed in seeds
-            for contender in contenders
         }
         slopes = [
             {"model": "minilm", "task": "ratings", "point": point, "seed": seed}
             | runs["bt", learning_rates[0], seed]["slopes"][point]
-            for point in POINTS
             for seed in seeds
+            for point in POINTS
+            if "bt" in contenders
         ]
         return {
             "steps": self.steps,
@@ -182,6 +183,7 @@ class Experiment:
         return self._diagnosed(classifier, tokenizer, prepare(pairs, tokenizer, LEFT_OUT).rows)
 
     def _diagnosed(self, model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        rows = rows[: 2 * self.num_gradients]
         summary = diagnose(model, tokenizer, rows, num_gradients=self.num_gradients).summary()
         kept = ("num_pairs", "accuracy", "mean_distance", "slopes_by_error_quartile", "recommended_power")
         correlation = "correlation_of_log_error_and_log_distance"
@@ -238,6 +240,13 @@ class Experiment:
                 model.load_state_dict(states[point])
                 result["slopes"][point] = self._diagnosed(model, tokenizer, test)
         return result
+
+
+def name_of(loss: str, recommended: float | None) -> str | None:
+    """The name of one of LOSSES; None for a recommended power that there is not, or that is BT or NormBT itself."""
+    if loss != "recommended":
+        return loss
+    return None if recommended in (None, 0.0, 1.0) else f"normbt^{recommended:g}"
 
 
 class KeepMiddle(TrainerCallback):
