@@ -72,39 +72,19 @@ def difference(group: dict[str, Any], loss: str = "normbt", baseline: str = "bt"
 
 
 def powers() -> str:
-    """BT and NormBT at four powers, each at the learning rate that other seeds chose."""
-    header = ["loss", "learning rate", "accuracy", *(f"{group}, less BT" for group in GROUPS)]
-    return table(header, against_bt(results("quality/quality.json")["settings"]["mixed"]))
+    """BT and NormBT at several powers, at the learning rate that other seeds choose."""
+    return compared(results("quality/quality.json")["settings"]["mixed"]["groups"], GROUPS)
 
 
-def powers_rates() -> str:
-    """Validation accuracy of BT and of each power at every learning rate, over the seeds that choose."""
-    return by_rate(results("quality/quality.json")["settings"]["mixed"]["learning_rates"])
-
-
-def controls() -> str:
-    """BT and NormBT with one thing about the training changed."""
-    header = ["control", "loss", "learning rate", "accuracy", *(f"{group}, less BT" for group in GROUPS)]
-    settings = results("quality-controls/quality.json")["settings"]
-    return table(header, [[control, *row] for control, of in settings.items() for row in against_bt(of)])
-
-
-def against_bt(of: dict[str, Any]) -> list[list[str]]:
-    """A row for each loss of a setting: learning rate, accuracy over all pairs, differences from BT by group."""
-    rows = []
-    for loss, rate in of["learning_rates"].items():
-        differences = [interval(difference(of["groups"][group], loss)) for group in GROUPS.values() if loss != "bt"]
-        accuracy = plus_minus(of["groups"]["all"]["accuracy"][loss])
-        rows.append([name_of(loss), f"{rate['chosen']:g}", accuracy, *(differences or [""] * len(GROUPS))])
-    return rows
-
-
-def by_rate(learning_rates: dict[str, Any]) -> str:
-    grid = learning_rates["bt"]["validation_accuracy"]
-    rows = [
-        [name_of(loss), *map(plus_minus, of["validation_accuracy"].values())] for loss, of in learning_rates.items()
-    ]
-    return table(["learning rate", *(f"{float(rate):g}" for rate in grid)], rows)
+def compared(groups: dict[str, Any], names: dict[str, str]) -> str:
+    """Accuracy of each loss over all pairs, and its differences from others in the groups that `names` names."""
+    accuracy = {loss: plus_minus(of) for loss, of in groups["all"]["accuracy"].items()}
+    rows = [[LOSSES["bt"], accuracy["bt"], *[""] * len(names)]]
+    for row in groups["all"]["difference"]:
+        loss, baseline = row["loss"], row["baseline"]
+        differences = (interval(difference(groups[group], loss, baseline)) for group in names.values())
+        rows.append([f"{name_of(loss)} less {name_of(baseline)}", accuracy[loss], *differences])
+    return table(["loss", "accuracy", *(f"difference, {name}" for name in names)], rows)
 
 
 def losses() -> str:
@@ -132,20 +112,14 @@ def losses() -> str:
 
 
 def rates() -> str:
-    """Validation accuracy of BT and NormBT over a wider grid."""
-    return by_rate(results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"])
-
-
-def rates_chosen() -> str:
-    """Test accuracy at the learning rates that more seeds choose."""
-    mixed = results("quality-rates/quality.json")["settings"]["mixed"]
-    rows = []
-    for name, group in (("all", "all"), ("fine", FINE), ("coarse", COARSE)):
-        of, found = mixed["groups"][group], difference(mixed["groups"][group])
-        accuracies = (plus_minus(of["accuracy"][loss]) for loss in ("bt", "normbt"))
-        rows.append([name, *accuracies, interval(found), f"{found['p_value']:.3f}"])
-    at = {loss: f"{LOSSES[loss]} at {mixed['learning_rates'][loss]['chosen']:g}" for loss in ("bt", "normbt")}
-    return table(["pairs", *at.values(), "difference", "p"], rows)
+    """Validation accuracy at every learning rate of the grid, whichever loss prefers which."""
+    learning_rates = results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"]
+    grid = learning_rates["bt"]["validation_accuracy"]
+    rows = [
+        [LOSSES[loss], *map(plus_minus, learning_rates[loss]["validation_accuracy"].values())]
+        for loss in ("bt", "normbt")
+    ]
+    return table(["learning rate", *(f"{float(rate):g}" for rate in grid)], rows)
 
 
 def constants() -> str:
@@ -176,16 +150,9 @@ def standard_library() -> str:
 
 
 def pretrained() -> str:
-    """MiniLM fine-tuned on rated sentences, at each learning rate."""
-    file = results("pretrained/pretrained.json")
-    groups = ["all", *(group for group in next(iter(file["learning_rates"].values()))["groups"] if "apart" in group)]
-    rows = []
-    for rate, of in file["learning_rates"].items():
-        for loss in file["contenders"]:
-            differences = [interval(difference(of["groups"][group], loss)) for group in groups if loss != "bt"]
-            accuracy = plus_minus(of["groups"]["all"]["accuracy"][loss])
-            rows.append([rate, name_of(loss), accuracy, *(differences or [""] * len(groups))])
-    return table(["learning rate", "loss", "accuracy", *(f"{group}, less BT" for group in groups)], rows)
+    """MiniLM fine-tuned on rated sentences."""
+    (of,) = results("pretrained/pretrained.json")["learning_rates"].values()
+    return compared(of["groups"], {name: name for name in of["groups"] if name == "all" or "apart" in name})
 
 
 def pretrained_slopes() -> str:
@@ -239,24 +206,34 @@ def command_of(file: dict[str, Any]) -> str:
 
 
 def quality_rows() -> list[list[str]]:
-    quality, by_rate = results("quality-losses/quality.json"), results("quality-rates/quality.json")
+    quality = results("quality/quality.json")
+    built_in = quality["settings"]["mixed"]["groups"]
     library = results("quality-stdlib-faults/quality-stdlib-faults.json")["settings"]["mixed"]["groups"]
-    rates = by_rate["settings"]["mixed"]["learning_rates"]
+    rates = results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"]
     grid = [float(rate) for rate in rates["bt"]["validation_accuracy"]]
     by_loss = (
         f"{LOSSES[loss]} " + " ".join(f"{value['mean']:.2f}" for value in rates[loss]["validation_accuracy"].values())
         for loss in ("bt", "normbt")
     )
-    on_code = (
-        f"{name.partition(': ')[2] or name} {interval(difference(library[name]))}"
-        for name in ("all", "fine: wrong variable", "coarse: unrelated function")
-    )
+
+    def differences(groups: dict[str, Any], names: dict[str, str]) -> str:
+        return "; ".join(f"{name} {interval(difference(groups[group]))}" for name, group in names.items())
+
     page = "[docs/evidence.md](docs/evidence.md)"
-    best = f"accuracy, NormBT minus BT, each at its best learning rate ({quality['seeds']} seeds, 95% interval)"
+    at = f"{quality['grid']['learning_rates'][0]:g}, which other seeds choose ({quality['seeds']} seeds, 95% interval)"
+    on_code = {
+        "all": "all",
+        "wrong variable": "fine: wrong variable",
+        "unrelated function": "coarse: unrelated function",
+    }
     return [
-        [best, interval(difference(quality["settings"]["mixed"]["groups"]["all"])), page],
+        [
+            f"accuracy, NormBT minus BT, at the learning rate {at}",
+            differences(built_in, {"all": "all", "fine": FINE, "coarse": COARSE}),
+            command_of(quality),
+        ],
         [f"accuracy at learning rates {grid[0]:g} to {grid[-1]:g}", "; ".join(by_loss), page],
-        ["accuracy on real code, NormBT minus BT", "; ".join(on_code), page],
+        ["accuracy on real code, NormBT minus BT", differences(library, on_code), page],
     ]
 
 
@@ -332,9 +309,9 @@ def cpu_rows() -> list[list[str]]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "powers": powers,
     "losses": losses,
     "rates": rates,
-    "rates-chosen": rates_chosen,
     "constants": constants,
     "standard-library": standard_library,
     "slopes": slopes,

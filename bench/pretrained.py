@@ -9,8 +9,7 @@ Models and texts come from installed packages (see pretrained_data.py); --rating
 2. MiniLM trains on rated sentences with BT, NormBT, and NormBT at the power that its diagnosis recommends (of training
    pairs, and of a seed that is not reported). No learning rate is chosen: all are reported. Training labels are those
    of single people, test labels those of the mean.
-3. `normbt diagnose` again on the models that BT trained at the first learning rate: at the start, in the middle and at
-   the end of training, on test pairs.
+3. `normbt diagnose` again on the first model that BT trained, in the middle and at the end of its training.
 
 Intervals are 95% by Student's t over seeds, paired by seed. Each finished run is kept under --runs; give the same
 command again to continue.
@@ -127,18 +126,17 @@ class Experiment:
             (contender, rate, seed): self._kept(
                 f"minilm-{contender}-lr{rate:g}-seed{seed}",
                 lambda contender=contender, rate=rate, seed=seed: self.train(
-                    contender, rate, seed, with_slopes=contender == "bt" and rate == learning_rates[0]
+                    contender, rate, seed, with_slopes=(contender, rate, seed) == ("bt", learning_rates[0], seeds[0])
                 ),
             )
-            for contender in contenders
             for rate in learning_rates
             for seed in seeds
+            for contender in contenders
         }
         slopes = [
-            {"model": "minilm", "task": "ratings", "point": point, "seed": seed}
-            | runs["bt", learning_rates[0], seed]["slopes"][point]
-            for seed in seeds
-            for point in POINTS
+            {"model": "minilm", "task": "ratings", "point": point, "seed": seeds[0]}
+            | runs["bt", learning_rates[0], seeds[0]]["slopes"][point]
+            for point in POINTS[1:]
             if "bt" in contenders
         ]
         return {

@@ -46,22 +46,20 @@ def _height(groups: dict[str, Any]) -> float:
 
 def _draw_setting(figure: Any, title: str, groups: dict[str, Any], rates: dict[str, Any]) -> None:
     look = looks(list(rates))
-    accuracy, difference, by_rate = figure.subplots(1, 3, width_ratios=(1.2, 1, 0.9))
+    grid = [float(rate) for rate in next(iter(rates.values()))["validation_accuracy"]]  # none: one rate for all
+    accuracy, difference, *by_rate = figure.subplots(1, 3 if grid else 2, width_ratios=(1.2, 1, 0.9) if grid else None)
     draw_groups(accuracy, difference, groups, look)
     accuracy.set_title(title, fontsize=11)
+    for axis in by_rate:
+        for loss, of_loss in rates.items():
+            means = [value["mean"] for value in of_loss["validation_accuracy"].values()]
+            axis.semilogx(grid, means, "o-", markersize=3, **look[loss])
+        axis.set_xticks(grid, [f"{rate * 1e4:g}" for rate in grid])
+        axis.minorticks_off()
+        axis.set(xlabel="learning rate, 1e-4", ylabel="accuracy")
+        axis.set_title("validation pairs", fontsize=11)
     handles, labels = accuracy.get_legend_handles_labels()
-    by_rate.legend(handles, labels, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    grid = [float(rate) for rate in next(iter(rates.values()))["validation_accuracy"]]
-    if not grid:  # one learning rate for all
-        by_rate.set_axis_off()
-        return
-    for loss, of_loss in rates.items():
-        means = [value["mean"] for value in of_loss["validation_accuracy"].values()]
-        by_rate.semilogx(grid, means, "o-", markersize=3, **look[loss])
-    by_rate.set_xticks(grid, [f"{rate * 1e4:g}" for rate in grid])
-    by_rate.minorticks_off()
-    by_rate.set(xlabel="learning rate, 1e-4", ylabel="accuracy")
-    by_rate.set_title("validation pairs", fontsize=11)
+    [difference, *by_rate][-1].legend(handles, labels, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_groups(accuracy: Any, difference: Any, groups: dict[str, Any], look: dict[str, dict[str, str]]) -> None:

@@ -108,8 +108,9 @@ def test_it_reports_what_its_runs_kept(archive, tmp_path, monkeypatch, capsys):
         test = kept[f"minilm-{contender}-lr0.001-seed0"]["test"]
         accuracy = np.mean(np.array(test["test_chosen"]) > np.array(test["test_rejected"]))
         assert results["learning_rates"]["0.001"]["groups"]["all"]["accuracy"][contender]["mean"] == accuracy
-    slopes = {row["point"]: row["slope"] for row in results["slopes"] if row["seed"] == 0}
-    assert slopes["start"] == kept["minilm-ratings"]["slope"]  # before training it is the fresh model
+    slopes = {row["point"]: row["slope"] for row in results["slopes"] if row["task"] == "ratings"}
+    of_run = kept["minilm-bt-lr0.001-seed0"]["slopes"]
+    assert slopes == {point: of["slope"] for point, of in of_run.items()}  # the fresh model is that before training
     assert slopes["end"] != slopes["middle"] != slopes["start"]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*.json")}
     assert main([str(word) for word in command]) == 0
