@@ -14,9 +14,9 @@ pytest.importorskip("scipy")
 
 from bench import pretrained, pretrained_data
 from bench.__main__ import main
-from normbt_kernels.data import demo
+from normbt_kernels.data import generated
 
-WORDS = list(demo.STYLE_WORDS)
+WORDS = list(generated.STYLE_WORDS)
 
 
 def add(archive, name, content):
@@ -93,11 +93,11 @@ def test_rules_give_pairs_of_good_and_bad_code():
 @pytest.mark.slow
 def test_it_reports_what_its_runs_kept(archive, tmp_path, monkeypatch, capsys):
     def load(model):
-        tokenizer = demo.demo_tokenizer()
-        return tokenizer, demo.demo_model(tokenizer)
+        tokenizer = generated.make_tokenizer()
+        return tokenizer, generated.make_model(tokenizer)
 
     monkeypatch.setattr(pretrained, "load_pretrained", load)
-    monkeypatch.setattr(pretrained, "rule_pairs", lambda num_pairs: demo.demo_pairs(num_pairs, "code"))
+    monkeypatch.setattr(pretrained, "rule_pairs", lambda num_pairs: generated.make_pairs(num_pairs, "code"))
     monkeypatch.setattr(sys, "argv", ["bench", "pretrained"])
     command = ["pretrained", "--ratings", archive, "--model", "minilm", "--seeds", 1, "--learning-rate", 1e-3]
     command += ["--steps", 2, "--test-pairs", 40, "--gradients", 40, "--runs", tmp_path / "runs", "--out", tmp_path]
