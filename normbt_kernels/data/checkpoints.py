@@ -48,7 +48,7 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(name, **_files(gguf_file))
     except (OSError, ValueError) as error:
         if base is None:
-            raise UserError(f"{name}: {first_line(error)}") from error
+            raise UserError(f"no tokenizer can be loaded from {name}: {first_line(error).rstrip(' :')}") from error
         return load_tokenizer(base)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         if base is not None:

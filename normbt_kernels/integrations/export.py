@@ -23,14 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from normbt_kernels.data.checkpoints import load_model
+from normbt_kernels.data.checkpoints import load_model, load_tokenizer
 from normbt_kernels.errors import UserError
 from normbt_kernels.modules import DistanceEMA
 
@@ -87,10 +83,7 @@ def export_for_rewardbench(
 
 def _checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
     if isinstance(tokenizer, str | os.PathLike):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer can be loaded from {tokenizer}: {error}") from error
+        tokenizer = load_tokenizer(os.fspath(tokenizer))
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer must be a folder, a hub id or a tokenizer, got {type(tokenizer).__name__}")
     if tokenizer.chat_template is None:

@@ -126,6 +126,17 @@ def each_at(token: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(token), device=token.device), token
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits that a model's forward returned, in a mapping or first in a tuple."""
+    return output["logits"] if isinstance(output, Mapping) else output[0]
+
+
+def text_config(model: nn.Module | None) -> Any:
+    """The configuration of the decoder, which multimodal models keep in their own; None if there is none."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def mask_of(inputs: Mapping[str, Any], hidden: Tensor) -> Tensor | None:
     """The attention mask `(N, S)` that a model is called with; None if there is none or it has another shape."""
     mask = inputs.get("attention_mask")
@@ -277,7 +288,8 @@ class ModelInputs:
                 f"the head of {type(self.owner).__name__} was called with {tuple(hidden.shape)} outside the forward of "
                 "its model, which tells it where the sequences end: call the model"
             )
-        input_ids, pad_token_id = inputs.get("input_ids"), self._pad_token_id()
+        input_ids = inputs.get("input_ids")
+        pad_token_id = getattr(text_config(self.owner), "pad_token_id", None)
         if input_ids is None or pad_token_id is None:
             is_token = mask_of(inputs, hidden)
             if is_token is None:
@@ -289,12 +301,6 @@ class ModelInputs:
                 f"{tuple(hidden.shape)}: packed or sharded sequences have no single last token"
             )
         return last_token((input_ids != pad_token_id).to(hidden.device))
-
-    def _pad_token_id(self) -> int | None:
-        config = getattr(self.owner, "config", None)
-        if hasattr(config, "get_text_config"):  # of multimodal models
-            config = config.get_text_config()
-        return getattr(config, "pad_token_id", None)
 
     def remove(self) -> None:
         for hook in self._hooks:

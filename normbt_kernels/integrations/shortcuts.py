@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from normbt_kernels.data.packing import pack, unpack
 from normbt_kernels.errors import UserError, first_line
-from normbt_kernels.integrations.head import Head, HeadReader, find_head, last_token, mask_of
+from normbt_kernels.integrations.head import Head, HeadReader, find_head, last_token, logits_of, mask_of, text_config
 from normbt_kernels.integrations.late_pooling import Narrowing, OfEachForward, modules_to_narrow
 
 # These kinds of attention need no mask over all pairs of tokens of a row, so a batch is one long row.
@@ -215,8 +215,7 @@ class Shortcuts:
         return inputs["input_ids"]
 
     def _pad_token_id(self) -> int:
-        config = self._head.owner.config
-        pad_token_id = (config.get_text_config() if hasattr(config, "get_text_config") else config).pad_token_id
+        pad_token_id = text_config(self._head.owner).pad_token_id
         if pad_token_id is None:
             raise UserError(f"{type(self._head.owner).__name__} has no pad token: set model.config.pad_token_id")
         return pad_token_id
@@ -267,7 +266,7 @@ class Shortcuts:
         try:
             reader.expect(inputs["input_ids"])
             output = self._head.owner(**inputs)
-            rows = reader.take(output["logits"] if isinstance(output, Mapping) else output[0])
+            rows = reader.take(logits_of(output))
         finally:
             reader.remove()
             precision.remove()

@@ -32,7 +32,7 @@ from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.tokens import CONSTANTS, LeftOut
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger
+from normbt_kernels.integrations.head import HeadReader, find_head, logits_of, refuse_fused_liger
 from normbt_kernels.integrations.pooled_head import PooledHead
 from normbt_kernels.integrations.shortcuts import install_shortcuts, packing_for
 from normbt_kernels.integrations.trainer_data import PairsInTrainer
@@ -232,7 +232,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         if self.fused:
             terms = (rows, self.head.weight, self.head.bias)
         else:
-            terms = (*_rewards(outputs).reshape(len(rows)).chunk(2), *rows.detach().chunk(2))
+            terms = (*logits_of(outputs).reshape(len(rows)).chunk(2), *rows.detach().chunk(2))
         loss, stats = self.pair_loss(*terms, **constants, return_stats=True)
         return loss, outputs, stats
 
@@ -242,7 +242,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
             raise ValueError(f"a batch holds all chosen sequences, then as many rejected: got {num_rows} sequences")
         self.head_reader.expect(inputs["input_ids"])
         outputs = model(**{name: value for name, value in inputs.items() if name not in CONSTANTS})
-        return outputs, self.head_reader.take(_rewards(outputs))
+        return outputs, self.head_reader.take(logits_of(outputs))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`; returns the loss to be logged, or the last one that was finite."""
@@ -271,10 +271,6 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         if "loss" in logs:  # a training step, not an evaluation
             logs |= self._totals.drain(self.accelerator.gather, getattr(self.pair_loss, "mu", None))
         super().log(logs, start_time)
-
-
-def _rewards(outputs: Any) -> Tensor:
-    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
 
 
 def _check_arguments(args: TrainingArguments) -> None:
