@@ -309,7 +309,7 @@ def test_refusals_say_why_and_write_nothing(tokenizer, tmp_path):
         (make_model(), changed(tokenizer, chat_template=None), ValueError, "no chat template"),
         (make_model(), changed(tokenizer, pad_token=None), ValueError, "no pad token"),
         (make_model(), None, TypeError, "tokenizer must be"),
-        (make_model(), tmp_path / "causal", ValueError, "no tokenizer can be loaded from .*causal: "),
+        (make_model(), tmp_path / "causal", ValueError, "causal: .*tokenizer"),
         (two_labels, tokenizer, ValueError, "num_labels=2"),
         (tmp_path / "causal", tokenizer, ValueError, r"does not hold score\.weight"),
         (torch.nn.Linear(4, 1), tokenizer, TypeError, "got Linear"),

@@ -78,6 +78,17 @@ def test_a_run_is_not_continued_with_other_pairs_another_model_or_other_options(
     refused("out was trained with model = ", *resume)
 
 
+def test_a_checkpoint_of_another_model_is_not_continued(checkpoint, tmp_path, capsys):
+    assert train("--loss", "bt", "--save-steps", 1) == 0
+    (tmp_path / "out" / "bt" / "finished.npz").unlink()
+    resume = ("--save-steps", 1, "--resume-from-checkpoint", "out/bt/checkpoint-1")
+    for losses, out in ((["normbt"], "out"), (["bt", "normbt"], "out"), (["bt"], "other")):
+        assert train("--loss", *losses, *resume, out=out) == 2
+        assert "out/bt/checkpoint-1: no checkpoint of " in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert train("--loss", "bt", *resume) == 0
+
+
 def test_a_stopped_run_says_how_to_continue_and_continues(checkpoint, tmp_path, capsys, monkeypatch):
     from normbt_kernels.commands import train as command
 

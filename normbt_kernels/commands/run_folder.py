@@ -52,6 +52,18 @@ def check(folder: Path, resume: str | None) -> None:
         )
 
 
+def check_checkpoint(resume: str | None, models: Sequence[Path]) -> None:
+    """
+    Raises:
+        UserError: `resume` names a folder that is no checkpoint of the one model that is to be trained.
+    """
+    if resume not in (None, "last") and [Path(resume).resolve().parent] != [model.resolve() for model in models]:
+        raise UserError(
+            f"--resume-from-checkpoint {resume}: no checkpoint of {', '.join(map(str, models))} (say last, and each "
+            "model continues from its own)"
+        )
+
+
 def _holds(folder: Path) -> str | None:
     """The name of something in `folder` that a run has written; None if there is nothing."""
     for name in (RESULTS_NAME, RECORD_NAME):

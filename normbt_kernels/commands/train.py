@@ -62,7 +62,8 @@ def run(job: Job, options: TrainOptions, args: TrainingArguments, keep_checkpoin
 
     A trial's checkpoints are removed when it is finished, unless `keep_checkpoints`.
     """
-    output_dir = Path(args.output_dir)
+    output_dir, planned = Path(args.output_dir), trials(options, job.losses, args)
+    run_folder.check_checkpoint(args.resume_from_checkpoint, [output_dir / trial.name for trial in planned])
     rows = {name: (loss_rows(name, job.train_rows), loss_rows(name, job.eval_rows)) for name in job.losses}
     set_seed(args.seed)
     prints = {
@@ -74,7 +75,6 @@ def run(job: Job, options: TrainOptions, args: TrainingArguments, keep_checkpoin
     if args.process_index == 0:
         run_folder.begin(output_dir, made_from)
     columns: dict[str, list[report.Trained]] = {}
-    planned = trials(options, job.losses, args)
     for trial in planned:
         folder = output_dir / trial.name
         trained = run_folder.load_finished(folder) if args.resume_from_checkpoint == "last" else None
