@@ -1,4 +1,4 @@
-"""Plain Bradley-Terry as a trainer that knows nothing of NormBT computes it, and eager NormBT to compare with."""
+"""The loss of a trainer that knows only plain Bradley-Terry, and eager NormBT to compare with."""
 
 import torch
 
@@ -11,7 +11,7 @@ LOSS = {"margin": torch.tensor([0.3, -0.2, 0.1]), "label_smoothing": 0.1, "cente
 
 
 def bt_loss(model, batch, layout="halves", **options):
-    """Plain Bradley-Terry, as a trainer that knows nothing of NormBT computes it."""
+    """Plain Bradley-Terry, as any trainer computes it."""
     chosen, rejected = reference.pair_rows(len(batch["input_ids"]), layout)
     rewards = model(**batch).logits[:, 0]
     hidden = torch.zeros(len(rewards), 1)
@@ -22,7 +22,7 @@ def bt_loss(model, batch, layout="halves", **options):
 
 
 class Eager:
-    """NormBT written into the training step, by the reference: what `apply_normbt` must amount to."""
+    """NormBT by the reference, written into the training step: `apply_normbt` must give the same gradients."""
 
     def __init__(self, model):
         self.model, self.ema = model, reference.DistanceEMA()
@@ -50,7 +50,7 @@ def assert_close_models(ours, eager, rtol=1e-4, atol=1e-5):
 
 
 def weights_of(model):
-    """The submodule that holds mu, of the head that trains."""
+    """The submodule with mu, in the head that trains."""
     return [module for module in model.modules() if isinstance(module, DistanceEMA)][-1]
 
 
@@ -67,7 +67,7 @@ def with_lora(peft, model):
 
 
 def bystanders(model, batch):
-    """Forwards that are no training: evaluation, with gradients or not, of any number of sequences."""
+    """Forwards outside training: evaluation of any number of sequences, with and without gradients."""
     with torch.no_grad():
         model(**batch)
     with torch.inference_mode():

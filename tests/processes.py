@@ -1,7 +1,7 @@
 """Commands in processes of their own, forked from one that has imported the heavy libraries already.
 
-Those imports take longer than most of what tests do with them. Apart from that a command is what it is in a shell:
-arguments, folder, environment, output, signals, exit code.
+Those imports take longer than most tests. Apart from that, a command is the same as in a shell: arguments, folder,
+environment, output, signals, exit code.
 """
 
 import gc
@@ -103,7 +103,7 @@ def started_ranks(num_ranks, module, *arguments, cwd=REPOSITORY, **environment):
 
 
 def run_ranks(num_ranks, module, *arguments, cwd=REPOSITORY, **environment):
-    """Runs all ranks to their end, which must be a good one; what each printed."""
+    """Runs all ranks, which must end with exit code 0, and returns what each printed."""
     with started_ranks(num_ranks, module, *arguments, cwd=cwd, **environment) as ranks:
         exit_codes = [rank.wait() for rank in ranks]
         assert not any(exit_codes), "\n".join(rank.errors for rank in ranks)

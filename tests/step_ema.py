@@ -24,6 +24,6 @@ class StepEMA(reference.DistanceEMA):
 
 
 def start(loss_fn):
-    """Gives a loss of ours the same mu."""
+    """Gives one of our losses the same mu."""
     loss_fn.load_state_dict({"mu": torch.tensor(START), "num_updates": torch.tensor(1)})
     return loss_fn

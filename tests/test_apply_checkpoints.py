@@ -1,4 +1,4 @@
-"""`apply_normbt`: mu is saved and copied with the model; a model without it loads as ever; removing leaves nothing."""
+"""`apply_normbt`: mu is saved and copied with the model, and checkpoints load with and without this package."""
 
 import copy
 import pickle
@@ -99,7 +99,7 @@ def test_mu_stays_fp32_when_the_model_is_cast(cast):
 
 
 def test_mu_survives_weights_that_are_sharded_on_the_meta_device():
-    """What accelerate does for FSDP2 with cpu_ram_efficient_loading: each key of a meta model is loaded as sharded."""
+    """As accelerate does for FSDP2 with cpu_ram_efficient_loading: it loads each key of a meta model as sharded."""
     model = make_model()
     apply_normbt(model)
     bt_loss(model, make_batch()).backward()

@@ -152,7 +152,7 @@ def test_layout_that_does_not_match_the_batches_is_refused_in_the_first_backward
 
 
 def bt_loss_apart(model, batch, **options):
-    """Chosen and rejected in a forward each."""
+    """Plain Bradley-Terry with one forward for the chosen sequences and one for the rejected."""
     rewards = [model(**{name: x.chunk(2)[side] for name, x in batch.items()}).logits[:, 0] for side in (0, 1)]
     ones, hidden = torch.ones(len(rewards[0])), torch.zeros(len(rewards[0]), 1)
     return reference.normbt_loss(*rewards, hidden, hidden, frozen_weight=ones, **options)

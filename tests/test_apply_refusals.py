@@ -1,4 +1,4 @@
-"""`apply_normbt`: whatever it cannot weigh is refused in words, before anything changes."""
+"""`apply_normbt` refuses in one sentence what it cannot weigh, before anything changes; `remove_normbt` undoes it."""
 
 import copy
 import warnings

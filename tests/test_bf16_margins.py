@@ -1,4 +1,4 @@
-"""The order that bf16 rewards lose and the fused head keeps."""
+"""bf16 rewards lose the order of some pairs, and the fused head keeps it."""
 
 from bench.bf16_margins import measure
 

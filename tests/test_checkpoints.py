@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: only a head may be new, and that is said; whatever else is missing is refused."""
+"""Checkpoints as people have them: only a head may be new, which is said; anything else that is missing is refused."""
 
 import copy
 import json
@@ -119,7 +119,7 @@ def test_the_position_limit_is_where_the_model_fails(architecture):
 
 
 def test_an_adapter_is_a_model_for_every_command(tmp_path, capsys, monkeypatch):
-    """Made by our own advice: a pad token added, the embedding resized, LoRA with its head."""
+    """Made as our own error text says: a pad token added, the embedding resized, LoRA with its head."""
     monkeypatch.chdir(tmp_path)
     LM(make_model().config).save_pretrained("base")
     make_tokenizer().save_pretrained("base")

@@ -1,4 +1,4 @@
-"""`normbt diagnose`: gradient norms against naive loops, and the command as met."""
+"""`normbt diagnose`: gradient norms against naive loops, and the command itself."""
 
 import json
 import os

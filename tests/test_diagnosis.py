@@ -1,4 +1,4 @@
-"""What a diagnosis says: slopes against what they must be, shares by hand, and the power that it recommends."""
+"""A diagnosis: slopes against known ones, shares by hand, and the power that it recommends."""
 
 import json
 

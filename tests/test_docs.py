@@ -1,4 +1,4 @@
-"""What the pages name exists: files, links, sections, benchmarks, targets of make, and the options of every command."""
+"""Everything that the pages name exists: files, links, sections, benchmarks, targets of make, options of commands."""
 
 import re
 from importlib.util import find_spec
@@ -72,7 +72,7 @@ def commands():
 
 @pytest.mark.parametrize("line", sorted({line for line in commands() if "$" not in line}))
 def test_commands_know_all_that_they_are_given(line, monkeypatch, capsys, tmp_path):
-    """What needs a model or a data set of the reader's is not run."""
+    """A command that needs a model or a data set of the reader's is only parsed."""
     _, name, *words = line.split()
     monkeypatch.chdir(tmp_path)
     for needs in ("evaluate", "diagnose", "export"):

@@ -1,4 +1,4 @@
-"""What `import normbt_kernels` costs and needs: next to nothing."""
+"""`import normbt_kernels` costs and needs next to nothing."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The launch shapes, which need no GPU to be right."""
+"""The launch shapes are right, which needs no GPU to be seen."""
 
 import pytest
 from hypothesis import given

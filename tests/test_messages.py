@@ -1,4 +1,4 @@
-"""Conversations as data sets hold them: every message reaches the chat template whole, the prompt once."""
+"""Conversations as data sets hold them: every message reaches the chat template whole, and the prompt once."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Packed batches: every token that the model reads once, no padding but what is left over at the end of a row."""
+"""Packed batches hold every token that the model reads once, and padding only at the ends of rows."""
 
 import pytest
 import torch

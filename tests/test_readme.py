@@ -1,4 +1,4 @@
-"""What the README says is what happens."""
+"""The README tells the truth: its code runs, its commands exist, its tables are those of the result files."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What the pages of docs/ say is what happens: their code runs, their files are read, their commands do what they say.
+"""The pages of docs/ tell the truth: their code runs, their files are read, their commands do what they say.
 
 In the folder where they run, `Qwen/Qwen3-0.6B` and `trl-lib/ultrafeedback_binarized` are folders with a tiny model of
 that architecture and with a few pairs, which the libraries take before they would ask the hub. OpenRLHF, LLaMA-Factory,
@@ -185,7 +185,7 @@ END_WITHOUT_GLOO = """
 
 
 def accelerate_launch(words):
-    """What `accelerate launch` makes of its words: the arguments, and the environment that it gives to each rank."""
+    """What `accelerate launch` makes of its command line: the arguments, and the environment of each rank."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 

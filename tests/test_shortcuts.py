@@ -1,4 +1,4 @@
-"""Late pooling and padding-free change no reward and no gradient, or are refused in words, and nothing is changed."""
+"""Late pooling and padding-free change no reward and no gradient, or are refused in one sentence."""
 
 import copy
 

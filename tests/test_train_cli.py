@@ -1,4 +1,4 @@
-"""`normbt train` and `normbt info` as a person meets them: processes, files, messages, exit codes."""
+"""`normbt train` and `normbt info` as a user sees them: processes, files, messages, exit codes."""
 
 import json
 import os
@@ -195,7 +195,7 @@ def test_reward_model_trains_on_from_parquet(tmp_path, causal_lm, capsys):
 
 
 def run_cli(*arguments):
-    """The command in this process: quicker, where a process of its own would show nothing more."""
+    """Runs the command in this process, which is quicker and shows as much."""
     return cli.main([str(argument) for argument in arguments])
 
 

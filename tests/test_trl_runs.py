@@ -1,4 +1,4 @@
-"""What TRL's `RewardTrainer` does around the loss, ours does: logs, evaluation, checkpoints, several processes."""
+"""Our trainer does all that TRL's `RewardTrainer` does: logs, evaluation, checkpoints, several processes."""
 
 import copy
 import sys
@@ -266,7 +266,7 @@ class HostReads(TorchFunctionMode):
 
 
 class WithoutMetrics(RewardTrainer):
-    """The least that a reward trainer can do: all reads are the model's and `Trainer`'s."""
+    """A reward trainer that reads nothing itself: all reads are the model's and `Trainer`'s."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rewards = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits

@@ -47,7 +47,7 @@ def make_batch(num_pairs=3, seed=0, side="right"):
 
 
 def gradients(model):
-    """The gradients of all parameters that have one, by name; and takes them away."""
+    """Returns the gradients of all parameters that have one, by name, and drops them."""
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
     return found

@@ -91,7 +91,7 @@ def make_trainer(cls, model, tokenizer, output_dir, dataset, eval_dataset=None, 
 
 
 class EagerNormBT(RewardTrainer):
-    """NormBT in plain autograd, with what enters the head as the only thing that TRL does not hand out."""
+    """NormBT in plain autograd; a hook reads the input of the head, which TRL does not give."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The single process that ranks are compared with."""
+"""The run of a single process, with which ranks are compared."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A rank that dies is an error on the others, and no wait without end."""
+"""If a rank dies, the others end with an error and do not wait forever."""
 
 import signal
 
