@@ -27,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -174,6 +175,7 @@ def run(options: argparse.Namespace) -> int:
     results: dict[str, Any] = {
         "versions": {
             "python": ".".join(map(str, sys.version_info[:2])),
+            "numpy": numpy.__version__,
             **{name: report.environment["versions"][name] for name in ("torch", "triton")},
         },
         "launch_us": options.launch_us,

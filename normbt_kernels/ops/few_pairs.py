@@ -39,14 +39,11 @@ def _state(buffer: Tensor | None) -> ndarray | None:
 
 def _gather(rows: RowPairs, dtype: torch.dtype) -> tuple[ndarray, ndarray]:
     """The chosen and the rejected rows, each (P, H)."""
-    if rows.chosen.dtype != dtype or rows.last_token is not None:
+    if rows.last_token is not None or {rows.chosen.dtype, rows.rejected.dtype} != {dtype}:
         chosen, rejected = rows.gather(dtype)
         return chosen.numpy(), rejected.numpy()
-    pairs = None if rows.pairs is None else rows.pairs.numpy()
-    arrays, every = (
-        RowPairs(rows.chosen.numpy(), rows.rejected.numpy(), pairs, None, rows.layout),
-        slice(0, rows.num_pairs),
-    )
+    pairs, every = None if rows.pairs is None else rows.pairs.numpy(), slice(0, rows.num_pairs)
+    arrays = RowPairs(rows.chosen.numpy(), rows.rejected.numpy(), pairs, None, rows.layout)
     return arrays.side(0, every), arrays.side(1, every)
 
 

@@ -321,3 +321,9 @@ def test_the_entries_of_any_vector_may_lie_far_apart(name):
         )
         results.append(ours(Case(case.form, inputs, arguments)))
     assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("rejected", [torch.bfloat16, torch.float64], ids=str)
+def test_the_two_sides_may_have_two_dtypes(rejected):
+    case = reward_case(dtype=torch.float32)
+    assert_as_reference(case.having(rejected_hidden=case.arguments["rejected_hidden"].to(rejected)))
