@@ -14,7 +14,7 @@ from normbt_kernels._version import versions
 from normbt_kernels.commands.arguments import EvaluateOptions
 from normbt_kernels.data.checkpoints import load_model, load_scoring_tokenizer, token_limit
 from normbt_kernels.data.rows import read_rows
-from normbt_kernels.data.tokens import token_ids
+from normbt_kernels.data.tokens import kept_part, token_ids
 from normbt_kernels.errors import UserError
 from normbt_kernels.evaluation import score_sequences
 from normbt_kernels.evaluation.judgebench import JUDGEBENCH
@@ -92,7 +92,7 @@ def _token_ids(question: Question, tokenizer: PreTrainedTokenizerBase, cut: int 
             text = [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": answer}]
         ids = token_ids(text, tokenizer, question.where)
         if cut is not None:
-            ids = ids[-cut:] if tokenizer.truncation_side == "left" else ids[:cut]
+            ids = ids[kept_part(cut, tokenizer.truncation_side)]
         sequences.append(ids)
     return sequences
 

@@ -15,7 +15,7 @@ from normbt_kernels.commands.train import LossOnTheBar, one_device
 from normbt_kernels.data.built_in import GENERATED, BuiltIn, find_built_in
 from normbt_kernels.data.checkpoints import load_model, load_training_tokenizer, token_limit
 from normbt_kernels.data.preferences import load_preferences
-from normbt_kernels.data.tokens import LeftOut, check_known, remark, summed_up, tokenize, truncated
+from normbt_kernels.data.tokens import LeftOut, checked_rows, tokenize
 from normbt_kernels.diagnostics.measure import diagnose, partial_files
 from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.transformers import NormBTTrainer
@@ -46,12 +46,9 @@ def run(options: DiagnoseOptions) -> None:
         else:
             pairs = load_preferences(options.dataset, options.dataset_config, options.dataset_split)
     limit = token_limit(tokenizer, options.max_length, options.model, options.gguf_file)
-    rows = tokenize(pairs, tokenizer)
-    check_known(rows, tokenizer)
-    for said in summed_up((pair.where, remark(pair, row, tokenizer)) for pair, row in zip(pairs, rows, strict=True)):
-        print(said)
-    if options.truncate:
-        rows, _ = truncated(rows, limit, tokenizer.truncation_side)
+    rows, remarks = checked_rows(pairs, tokenizer, limit if options.truncate else None)
+    for line in remarks:
+        print(line)
     if not any(map(LeftOut(limit).keeps, rows)):
         raise UserError(
             f"all {len(rows)} pairs are longer than {limit} tokens (--max-length), or the same on both sides"

@@ -111,9 +111,7 @@ def num_tokens(row: Row) -> int:
 
 def is_identical(row: Row) -> bool:
     """Whether both sides are the same tokens."""
-    return len(row["chosen_ids"]) == len(row["rejected_ids"]) and bool(
-        np.array_equal(row["chosen_ids"], row["rejected_ids"])
-    )
+    return bool(np.array_equal(row["chosen_ids"], row["rejected_ids"]))
 
 
 def check_ids(row: Row, where: str, vocabulary: int | None = None) -> None:
@@ -181,15 +179,32 @@ class LeftOut:
         return [f"{number} of {num_pairs} pairs are {reason}" for number, reason in counted if number]
 
 
-def truncated(rows: Sequence[Row], max_length: int, side: str) -> tuple[list[Row], int]:
-    """The rows with every sequence cut to `max_length` tokens at its "right" or "left" end, and how many were cut."""
-    return [cut(row, max_length, side) for row in rows], sum(num_tokens(row) > max_length for row in rows)
-
-
 def cut(row: Row, max_length: int, side: str) -> dict[str, Any]:
     """The row with both sequences cut to `max_length` tokens at the "right" or "left" end."""
-    part = slice(-max_length, None) if side == "left" else slice(max_length)
-    return dict(row) | {name: row[name][part] for name in SIDES}
+    return dict(row) | {name: row[name][kept_part(max_length, side)] for name in SIDES}
+
+
+def kept_part(max_length: int, side: str) -> slice:
+    """The tokens that remain of a sequence that is cut to `max_length` tokens at its "right" or "left" end."""
+    return slice(-max_length, None) if side == "left" else slice(max_length)
+
+
+def checked_rows(
+    pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, cut_to: int | None, kind: str = "pairs"
+) -> tuple[list[Row], list[str]]:
+    """A row of token ids for each pair, and a line for each thing that looks wrong. With `cut_to`, sequences are cut to
+    that many tokens at the tokenizer's side of truncation.
+
+    Raises:
+        UserError: as `tokenize_pair` and `check_known`.
+    """
+    rows = tokenize(pairs, tokenizer, f"tokenizing {kind}")
+    check_known(rows, tokenizer)
+    remarks = summed_up((pair.where, remark(pair, row, tokenizer)) for pair, row in zip(pairs, rows, strict=True))
+    if cut_to is not None and (num_cut := sum(num_tokens(row) > cut_to for row in rows)):
+        rows = [cut(row, cut_to, tokenizer.truncation_side) for row in rows]
+        remarks.append(f"{num_cut} of {len(rows)} pairs are cut to {cut_to} tokens")
+    return rows, remarks
 
 
 @dataclass(frozen=True)
@@ -210,18 +225,12 @@ def prepare(
     kind: str = "pairs",
 ) -> Prepared:
     """The token ids of `pairs` without those that `left_out` leaves out; `kind` names the pairs in messages. `truncate`
-    cuts long sequences at the tokenizer's side of truncation, so that no pair is too long.
+    cuts long sequences, so that no pair is too long.
 
     Raises:
-        UserError: as `tokenize_pair` and `check_known`; or no pair is left.
+        UserError: as `checked_rows`; or no pair is left.
     """
-    rows = tokenize(pairs, tokenizer, f"tokenizing {kind}")
-    check_known(rows, tokenizer)
-    remarks = summed_up((pair.where, remark(pair, row, tokenizer)) for pair, row in zip(pairs, rows, strict=True))
-    if truncate:
-        rows, num_cut = truncated(rows, left_out.max_length, tokenizer.truncation_side)
-        if num_cut:
-            remarks.append(f"{num_cut} of {len(rows)} pairs are cut to {left_out.max_length} tokens")
+    rows, remarks = checked_rows(pairs, tokenizer, left_out.max_length if truncate else None, kind)
     kept, reasons = left_out.told(rows)
     if not kept:
         raise UserError(f"none of the {kind} is left: {' and '.join(reasons)} (--max-length)")
