@@ -96,8 +96,8 @@ def apply_normbt(
     if layout not in (*LAYOUTS, "apart"):
         raise ValueError(f"layout must be one of {(*LAYOUTS, 'apart')}, got {layout!r}")
     weights = PairWeights(layout, beta, eps, max_weight, power)
-    if found.warning_if_frozen():
-        warnings.warn(found.warning_if_frozen(), stacklevel=2)
+    if warning := found.warning_if_frozen():
+        warnings.warn(warning, stacklevel=2)
     weights.attach(head, found.owner)
 
 

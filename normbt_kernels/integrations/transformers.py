@@ -170,8 +170,8 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
             ValueError: as the constructor, about the model.
         """
         head, collator = find_head(model), self.data_collator
-        if head.warning_if_frozen():
-            logger.warning(head.warning_if_frozen())
+        if warning := head.warning_if_frozen():
+            logger.warning(warning)
         if isinstance(collator, PreferenceCollator):
             _align_padding(head.owner, collator.tokenizer)
         reason = self._why_not_fused(head.module)

@@ -92,8 +92,8 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         super().__init__(*args, **kwargs)
         refuse_fused_liger(self.args)
         head = find_head(self.model)
-        if head.warning_if_frozen():
-            logger.warning(head.warning_if_frozen())
+        if warning := head.warning_if_frozen():
+            logger.warning(warning)
         self.head_reader = HeadReader(head)
         if late_pooling or padding_free:
             install_shortcuts(self.model, late_pooling=late_pooling, padding_free=padding_free)
