@@ -151,7 +151,7 @@ class Load(NamedTuple):
 
 
 def describe(binary) -> dict[str, Any]:
-    """Figures of a compiled kernel; those that cannot be had are None, and "null" says why."""
+    """Figures of a compiled kernel; those that are not available are None, and "null" says why."""
     figures, null = {"registers": None, "spill_bytes": None}, []
     if "cubin" in binary.asm:
         try:

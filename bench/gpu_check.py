@@ -253,7 +253,7 @@ class Run:
                 self._end(stage, ("interrupted", None))
 
     def interrupt(self, *_: Any) -> None:
-        """What Ctrl-C and SIGTERM do: no more than leave word, so that no stage is lost between start and record."""
+        """Only notes that Ctrl-C or SIGTERM came, so that no stage is lost between its start and its record."""
         self.interrupted = True
 
     def _start(self, stage: Stage) -> None:

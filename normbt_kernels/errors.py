@@ -6,5 +6,5 @@ class UserError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What a library's exception says, in one line."""
+    """The first line of a library's exception, or its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

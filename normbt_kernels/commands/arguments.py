@@ -270,7 +270,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 
 def chosen(options: type[Options], arguments: argparse.Namespace) -> Options:
-    """What `arguments` hold of the flags that `add_options` made."""
+    """The options of one command, from the parsed command line."""
     return options(**{option.name: getattr(arguments, option.name) for option in fields(options)})
 
 

@@ -229,7 +229,7 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
         raise UserError("--output-dir is required where several processes train: they must all write to one folder")
     import torch
 
-    defaults = {"dataloader_pin_memory": torch.accelerator.is_available()}  # else it warns in the middle of the bar
+    defaults = {"dataloader_pin_memory": torch.accelerator.is_available()}  # or it warns in the middle of the bar
     defaults |= {"output_dir": options.output_dir or str(free_path(Path(DEMO_OUTPUT_DIR)))}
     args = _training_arguments(trainer_arguments, defaults | (built_in.training_defaults if built_in else {}))
     if options.learning_rate is not None:
@@ -245,7 +245,7 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
         run.run(job, options, args, keep_checkpoints=any(word.startswith("--save") for word in trainer_arguments))
     except (Exception, KeyboardInterrupt) as error:
         code = _say(error)
-        refused = isinstance(error, run_folder.OtherRun)  # which would refuse the same command again
+        refused = isinstance(error, run_folder.OtherRun)  # the same command would be refused again
         line = None if refused else run_folder.continuing(arguments.command_line, output_dir)
         if line is not None and args.process_index == 0:
             print(f"to continue: {line}", file=sys.stderr)

@@ -23,7 +23,7 @@ from normbt_kernels.results import write_results
 from normbt_kernels.resumable import partial_path
 
 SEED = 42
-FEW_STEPS = 200  # of BT: on the generated pairs, enough to learn the style and too few to learn the arithmetic
+FEW_STEPS = 200  # of BT on the generated pairs: enough to learn the style, and too few to learn the arithmetic
 
 
 def run(options: DiagnoseOptions) -> None:
@@ -53,7 +53,7 @@ def run(options: DiagnoseOptions) -> None:
         raise UserError(
             f"all {len(rows)} pairs are longer than {limit} tokens (--max-length), or the same on both sides"
         )
-    set_seed(SEED)  # of a new head, where the checkpoint has none
+    set_seed(SEED)  # for a new head, if the checkpoint has none
     if built_in is not None:
         classifier = _half_trained(built_in, tokenizer, options.device).to(getattr(torch, options.dtype))
     else:

@@ -56,7 +56,7 @@ class Trained:
 
 
 def label(column: str) -> str:
-    """What a column is called: a loss, and its learning rate where there are several."""
+    """The name of a column: its loss, and its learning rate if there are several."""
     loss, _, rate = column.partition(" ")
     return f"{LABELS[loss]} {rate}".strip()
 

@@ -56,7 +56,7 @@ def _key(row: Row) -> tuple[bytes, bytes]:
 
 
 def _longer_side_chosen(rows: Sequence[Row]) -> float | None:
-    """Of the pairs whose sides differ in length."""
+    """How often the longer side is the chosen one, among pairs whose sides differ in length; None if none do."""
     longer = Counter(np.sign(len(row["chosen_ids"]) - len(row["rejected_ids"])) for row in rows)
     return longer[1] / (longer[1] + longer[-1]) if longer[1] + longer[-1] else None
 

@@ -80,7 +80,7 @@ def token_ids(
 
 
 def remark(pair: Preference, row: Row, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What looks wrong about a pair that is used all the same."""
+    """What looks wrong about a pair that is used nevertheless."""
     if pair.repeats_prompt:
         return "an answer begins with the prompt, which is put before it once more"
     begin = tokenizer.bos_token_id

@@ -15,7 +15,7 @@ ERRORS = ("least error", "2nd quarter by error", "3rd quarter by error", "larges
 
 
 def labels(summary: Mapping[str, Any]) -> dict[str, str]:
-    """What each loss is called."""
+    """The name of each loss."""
     known = {"bt": "BT", "normbt": "NormBT"}
     return {loss: known.get(loss, f"power {power:g}") for loss, power in summary["powers"].items()}
 

@@ -150,7 +150,7 @@ class _Reader:
         return "kept" if self.left_out.keeps(ids) else "identical"
 
     def kept(self, row: Mapping[str, Any], index: int) -> Mapping[str, Any] | None:
-        """Of a stream: the row's token ids if it is used. What is not, or looks wrong, is said once."""
+        """The token ids of one row of a stream; None if the pair is left out. The log tells each remark once."""
         ids, remarks = self.ids(row, index)
         verdict = self.verdict(ids)
         if verdict != "kept":

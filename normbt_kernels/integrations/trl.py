@@ -108,7 +108,7 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         self._unlogged: list[tuple[str, Tensor]] = []  # mode and (len(METRICS),) of each batch since the last log
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """As in `RewardTrainer`, for data with the columns that it needs, without pairs whose two sides are the same
+        """As in `RewardTrainer`, but checks the columns and leaves out pairs whose sides are the same
         tokens: their distance is 0, and their weight would be its cap.
 
         Raises:
