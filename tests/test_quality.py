@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -16,12 +15,12 @@ pytest.importorskip("scipy")
 from transformers import TrainingArguments
 
 from bench import quality, quality_runs
-from bench.__main__ import main
 from bench.quality_figure import draw_groups, looks
-from tests.processes import FORKED, Command
+from tests.processes import Command
 
 pytestmark = pytest.mark.slow
 
+FEW_PAIRS = "tests.quality_of_few_pairs"
 COMMAND = ["quality", "--steps", "3", "--seeds", "1", "--grid-seeds", "1"]
 COMMAND += ["--power", "0.5", "--learning-rate", "1e-3", "2e-3", "--processes", "1"]
 
@@ -30,7 +29,7 @@ COMMAND += ["--power", "0.5", "--learning-rate", "1e-3", "2e-3", "--processes", 
 def interrupted(tmp_path_factory):
     """The command, interrupted once a run is written: its folder, and the command as it ended."""
     folder = tmp_path_factory.mktemp("quality")
-    command = Command("bench", *COMMAND, "--out", folder / "out", "--runs", folder / "runs")
+    command = Command(FEW_PAIRS, *COMMAND, "--out", folder / "out", "--runs", folder / "runs")
     command.wait_until(lambda: list(folder.glob("runs/*/*.npz")))
     os.killpg(command.pid, signal.SIGINT)  # as Ctrl-C in a terminal
     command.wait()
@@ -45,21 +44,20 @@ def test_no_runs_are_left_half_written_by_an_interrupt(interrupted):
     assert 0 < len(runs) < 6
     for path in runs:
         with np.load(path) as arrays:
-            assert len(arrays["test_chosen"]) == 2000
+            assert len(arrays["test_chosen"]) == 200
     assert not list(folder.glob("out/*.json"))
 
 
 @pytest.fixture
-def experiment(interrupted, monkeypatch, capsys):
+def experiment(interrupted):
     """Runs the command to its end; returns its results, what it printed, and when each run was written."""
     folder, _ = interrupted
-    monkeypatch.setattr(quality.multiprocessing, "get_context", lambda method: FORKED)
-    monkeypatch.setattr(sys, "argv", ["bench", *COMMAND])
 
     def run():
-        assert main([*COMMAND, "--out", str(folder / "out"), "--runs", str(folder / "runs")]) == 0
+        command = Command(FEW_PAIRS, *COMMAND, "--out", folder / "out", "--runs", folder / "runs")
+        assert command.wait() == 0, command.errors
         results = json.loads((folder / "out" / "quality.json").read_text())
-        return results, capsys.readouterr().out, times_of_writing(folder)
+        return results, command.output, times_of_writing(folder)
 
     return run
 
@@ -84,7 +82,7 @@ def test_it_reports_what_the_runs_predicted_and_resumes(interrupted, experiment)
             with np.load(folder / f"mixed-{path}-lr{rate:g}-seed0.npz") as run:
                 assert accuracy == (run["validation_chosen"] > run["validation_rejected"]).mean()
         with np.load(folder / f"mixed-{path}-lr{chosen:g}-seed1.npz") as run:
-            assert len(run["test_chosen"]) == len(run["validation_chosen"]) == 2000
+            assert len(run["test_chosen"]) == len(run["validation_chosen"]) == 200
             right = run["test_chosen"] > run["test_rejected"]
             fine = run["test_category"] == "fine: one wrong token"
         accuracies = {group: of["accuracy"][loss]["seeds"] for group, of in mixed["groups"].items()}

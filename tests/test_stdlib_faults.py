@@ -18,7 +18,9 @@ KINDS = ("operator", "off by one", "swapped arguments", "wrong variable", "dropp
 
 @pytest.fixture(scope="module")
 def pairs():
-    return {split: split_pairs(split, 0) for split in SPLITS}
+    with pytest.MonkeyPatch.context() as patch:  # more versions of a function are more of the same
+        patch.setattr(stdlib_faults, "VERSIONS_OF_A_FUNCTION", 1)
+        return {split: split_pairs(split, 0) for split in SPLITS}
 
 
 def faulty_versions(source):
@@ -84,7 +86,7 @@ def test_no_module_and_no_function_is_in_two_splits(pairs):
         assert not texts[first] & texts[second]
     counts = Counter(function.source for function in functions())
     assert max(counts.values()) == 1
-    assert len(pairs["train"]) > 10_000
+    assert stdlib_faults.VERSIONS_OF_A_FUNCTION * len(pairs["train"]) > 10_000
     assert len(pairs["test"]) > 500
 
 
