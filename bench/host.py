@@ -31,10 +31,11 @@ import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torch.profiler import profile
 
 from bench.harness import RESULTS, Report, print_table
-from normbt_kernels import LinearNormBTLoss, NormBTLoss, linear_normbt_loss, normbt_loss
+from normbt_kernels import LinearNormBTLoss, NormBTLoss, apply_normbt, linear_normbt_loss, normbt_loss
 from normbt_kernels.ops import backend
 
 SIZES = [(8, 256), (32, 256), (64, 2048)]
@@ -56,7 +57,7 @@ def eager_normbt(hidden: Tensor, head: Tensor) -> Tensor:
     return -(weight * F.logsigmoid(chosen - rejected)).mean()
 
 
-def contenders() -> dict[str, Step]:
+def contenders(hidden_size: int) -> dict[str, Step]:
     """Each step of one batch; the modules have had their first."""
     known = {"mu": torch.tensor(1.5), "num_updates": torch.tensor(1)}
     linear, reward = LinearNormBTLoss(), NormBTLoss()
@@ -66,6 +67,15 @@ def contenders() -> dict[str, Step]:
     def of_rewards(loss: Callable[..., Tensor]) -> Step:
         return lambda hidden, head: loss(*(hidden @ head).chunk(2), *hidden.detach().chunk(2))
 
+    def of_module(module: torch.nn.Module) -> Step:
+        def step(hidden: Tensor, head: Tensor) -> Tensor:
+            chosen, rejected = functional_call(module, {"weight": head[None]}, (hidden,)).squeeze(-1).chunk(2)
+            return -F.logsigmoid(chosen - rejected).mean()
+
+        return step
+
+    plain, applied = (torch.nn.Linear(hidden_size, 1, bias=False) for _ in range(2))
+    apply_normbt(applied)
     return {
         "plain BT, eager": plain_bt,
         "NormBT, eager": eager_normbt,
@@ -73,6 +83,8 @@ def contenders() -> dict[str, Step]:
         "LinearNormBTLoss": lambda hidden, head: linear(hidden, head),
         "normbt_loss": of_rewards(lambda *inputs: normbt_loss(*inputs, 1.5)),
         "NormBTLoss": of_rewards(reward),
+        "plain BT, nn.Linear": of_module(plain),
+        "+ apply_normbt": of_module(applied),
     }
 
 
@@ -131,9 +143,9 @@ def count(step: Step, hidden: Tensor, head: Tensor) -> dict[str, int]:
 def measure(num_pairs: int, hidden_size: int, rounds: int) -> dict[str, dict[str, Any]]:
     hidden = torch.randn(2 * num_pairs, hidden_size, requires_grad=True)
     head = (torch.randn(hidden_size) / hidden_size**0.5).requires_grad_()
-    steps = contenders()
+    steps = contenders(hidden_size)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(3):
+    for _ in range(20):  # apply_normbt checks the first 16
         for step in steps.values():
             one_step(step, hidden, head)
     counts = {name: count(step, hidden, head) for name, step in steps.items()}
