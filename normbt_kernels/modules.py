@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from normbt_kernels.checks import linear_inputs, loss_options, reward_inputs
 from normbt_kernels.functional import NormBTStats, loss_and_stats
-from normbt_kernels.ops.closed_form import weigh_pairs
+from normbt_kernels.ops.autograd import pair_loss
 from normbt_kernels.ops.ema import EMA, add_to_pending_, move_mu_now
 from normbt_kernels.ops.pair_distance import measure_distances
-from normbt_kernels.ops.pairs import RowPairs
-from normbt_kernels.ops.terms import Mu, Scores
+from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype
+from normbt_kernels.ops.terms import WEIGHT, Mu, Scores
 
 
 class Reduction(NamedTuple):
@@ -213,12 +213,11 @@ class DistanceEMA(nn.Module):
 
     def weigh(self, rows: RowPairs) -> Tensor:
         """The weights (P,) of pairs whose loss is computed elsewhere. They count as the pairs of a forward do."""
-        mu, distance = self._begin(rows), measure_distances(rows)
-        if self.training:
-            add_to_pending_(self.pending, distance.sum(), rows.num_pairs)
-        weight = weigh_pairs(distance, mu, self.options)
-        if mu.ema.beta is not None:
-            move_mu_now(*mu.ema)
+        mu = self._begin(rows)
+        # The pass over the pairs makes them, in two launches, beside a loss that nobody asks for.
+        reward = rows.chosen.new_zeros(rows.num_pairs, dtype=accumulate_dtype(rows.chosen, rows.rejected))
+        scores = Scores(reward, reward, None, None, None, None)
+        weight = pair_loss(rows, scores, mu, self.options, stats=True).pair_stats[WEIGHT]
         self._end(rows)
         return weight
 

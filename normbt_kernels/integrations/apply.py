@@ -178,14 +178,15 @@ class PairWeights(DistanceEMA):
     def _score_pairs(self, hidden: Tensor, token: Tensor | None, logits: Tensor) -> Scale:
         """Weighs the batch, and returns the function through which the gradient of its logits goes."""
         weight, pooled = self.weigh(row_pairs(hidden, self.layout, token)), _pooled(token)
-        return partial(self._scale_pairs, weight, pooled, self._sides(logits[pooled]).sum(dim=0))
+        reward_sum = self._sides(logits[pooled]).sum(dim=0) if self._backwards_to_check > 0 else None
+        return partial(self._scale_pairs, weight, pooled, reward_sum)
 
-    def _scale_pairs(self, weight: Tensor, pooled: tuple, reward_sum: Tensor, gradient: Tensor) -> Tensor:
+    def _scale_pairs(self, weight: Tensor, pooled: tuple, reward_sum: Tensor | None, gradient: Tensor) -> Tensor:
         """From `gradient`, that of the logits under BT, the one under NormBT: same dtype, computed in fp32 or wider."""
         _refuse_second_backward()
         dtype = torch.promote_types(gradient.dtype, weight.dtype)
         chosen, rejected = self._sides(gradient[pooled]).to(dtype)
-        if self._backwards_to_check > 0:
+        if self._backwards_to_check > 0 and reward_sum is not None:
             self._check_tokens(pooled, gradient)
             self._check_pairs(chosen, rejected, reward_sum.to(dtype), gradient.dtype)
         symmetric, antisymmetric = (chosen + rejected) / 2, weight * (chosen - rejected) / 2
