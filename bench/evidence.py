@@ -149,24 +149,19 @@ def standard_library() -> str:
     return table(["pairs", "BT", "NormBT", "difference"], rows)
 
 
-def pretrained() -> str:
-    """MiniLM fine-tuned on rated sentences."""
-    (of,) = results("pretrained/pretrained.json")["learning_rates"].values()
-    return compared(of["groups"], {name: name for name in of["groups"] if name == "all" or "apart" in name})
-
-
 def pretrained_slopes() -> str:
-    """How the backbone's gradient grows with the distance in real models: fresh, and over the training with BT."""
+    """How the backbone's gradient grows with the distance in real models: fresh, and while MiniLM trains with BT."""
     names = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M", "ratings": "rated sentences", "rules": "good and bad code"}
+    points = {"start": "new head", "middle": "middle of training", "end": "end of training"}
     rows = []
     for row in results("pretrained/pretrained.json")["slopes"]:
         slope = row["slope"]
+        found = f"{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
         quarters = ", ".join(f"{of['slope']:.2f}" for of in row["slopes_by_error_quartile"])
         power = "none" if row["recommended_power"] is None else f"{row['recommended_power']:g}"
-        found = f"{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
-        where = (names[row["model"]], names[row["task"]], row["point"], str(row["seed"]))
-        rows.append([*where, f"{row['accuracy']:.3f}", found, quarters, power])
-    return table(["model", "texts", "point", "seed", "accuracy", "slope", "by quarter of error", "recommended"], rows)
+        where = (names[row["model"]], names[row["task"]], points[row["point"]])
+        rows.append([*where, f"{row['accuracy']:.2f}", found, quarters, power])
+    return table(["model", "texts", "", "accuracy", "slope", "by quarter of error", "recommended power"], rows)
 
 
 def slopes() -> str:
@@ -314,6 +309,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": rates,
     "constants": constants,
     "standard-library": standard_library,
+    "pretrained-slopes": pretrained_slopes,
     "slopes": slopes,
     "slopes-by-error": slopes_by_error,
     "numbers": numbers,

@@ -281,30 +281,28 @@ def interval(slope: Mapping[str, float]) -> str:
 
 
 def draw(plt: Any, results: dict[str, Any]) -> Any:
-    """A row for each learning rate: accuracy and difference from BT. On the right, all slopes."""
-    rates = results["learning_rates"]
+    """All slopes; to the left, if losses were compared, accuracy and difference from BT at each learning rate."""
+    rates = results["learning_rates"] if len(results["contenders"]) > 1 else {}
+    slopes = results["slopes"][::-1]  # so that the first is on top
     figure, axes = plt.subplot_mosaic(
-        [[f"accuracy {rate}", f"difference {rate}", "slopes"] for rate in rates],
-        figsize=(WIDTH, 3.2 * len(rates) + 0.6),
-        width_ratios=(1.1, 1, 0.9),
+        [[f"accuracy {rate}", f"difference {rate}", "slopes"] for rate in rates] or [["slopes"]],
+        figsize=(WIDTH, max(3.2 * len(rates), 0.35 * len(slopes)) + 1),
         layout="constrained",
     )
     look = looks(results["contenders"])
-    for rate, of in rates.items():
-        draw_groups(axes[f"accuracy {rate}"], axes[f"difference {rate}"], of["groups"], look)
+    for rate in rates:
+        draw_groups(axes[f"accuracy {rate}"], axes[f"difference {rate}"], rates[rate]["groups"], look)
         axes[f"accuracy {rate}"].set_title(f"MiniLM on rated sentences, learning rate {rate}", fontsize=11)
         axes[f"accuracy {rate}"].legend(fontsize=8)
-    axis, rows = axes["slopes"], results["slopes"][::-1]  # so that the first is on top
-    for place, row in enumerate(rows):
+    axis = axes["slopes"]
+    for place, row in enumerate(slopes):
         color = "#1f6fb4" if row["recommended_power"] is not None else "#9a9a9a"
         axis.plot(row["slope"]["slope"], place, "o", color=color)
         axis.hlines(place, row["slope"]["low"], row["slope"]["high"], color=color)
-    axis.set_yticks(
-        range(len(rows)),
-        [f"{row['model']}, {row['task']}, {row['point']}, seed {row['seed']}" for row in rows],
-        fontsize=8,
-    )
-    axis.axvline(1, color="#444444", linewidth=0.8)
-    axis.set_xlabel("slope, 95%; gray: no power recommended")
+    axis.set_yticks(range(len(slopes)), [f"{row['model']}, {row['task']}, {row['point']}" for row in slopes])
+    axis.set_ylim(-0.6, len(slopes) - 0.4)
+    axis.axvline(0, color="#444444", linewidth=0.8)
+    axis.axvline(1, color="#444444", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("slope, 95% interval; 1 (dotted): proportional to the distance; gray: no power is recommended")
     axis.set_title("the backbone's gradient under BT", fontsize=11)
     return figure
