@@ -23,6 +23,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -113,33 +114,29 @@ class Experiment:
         """What is reported, as JSON has it."""
         fresh = [
             {"model": model, "task": task, "point": "start", "seed": seeds[0]}
-            | self._kept(
-                f"{model}-{task}", lambda model=model, pairs=pairs: self.diagnose_fresh(model, pairs, seeds[0])
-            )
+            | self._kept(f"{model}-{task}", self.diagnose_fresh, model, pairs, seeds[0])
             for model in models
             for task, pairs in self.test_pairs.items()
         ]
         train_pairs = rated_pairs(self.sentences, False, 2 * self.num_gradients, DIAGNOSED_SEED)
-        advice = self._kept("recommended", lambda: self.diagnose_fresh("minilm", train_pairs, DIAGNOSED_SEED))
+        advice = self._kept("recommended", self.diagnose_fresh, "minilm", train_pairs, DIAGNOSED_SEED)
         names = [name_of(loss, advice["recommended_power"]) for loss in losses]
         contenders = [name for name in names if name is not None]
+        diagnosed = ("bt", learning_rates[0], seeds[0])
         runs = {
-            (contender, rate, seed): self._kept(
-                f"minilm-{contender}-lr{rate:g}-seed{seed}",
-                lambda contender=contender, rate=rate, seed=seed: self.train(
-                    contender, rate, seed, with_slopes=(contender, rate, seed) == ("bt", learning_rates[0], seeds[0])
-                ),
-            )
-            for rate in learning_rates
-            for seed in seeds
-            for contender in contenders
+            run: self._kept("minilm-{}-lr{:g}-seed{}".format(*run), self.train, *run, run == diagnosed)
+            for run in ((contender, *rest) for rest in product(learning_rates, seeds) for contender in contenders)
         }
         slopes = [
-            {"model": "minilm", "task": "ratings", "point": point, "seed": seeds[0]}
-            | runs["bt", learning_rates[0], seeds[0]]["slopes"][point]
+            {"model": "minilm", "task": "ratings", "point": point, "seed": seeds[0]} | runs[diagnosed]["slopes"][point]
             for point in POINTS[1:]
-            if "bt" in contenders
+            if diagnosed in runs
         ]
+
+        def predictions(contender: str, rate: float) -> list[dict[str, np.ndarray]]:
+            tests = [runs[contender, rate, seed]["test"] for seed in seeds]
+            return [{name: np.array(values) for name, values in test.items()} for test in tests]
+
         return {
             "steps": self.steps,
             "pairs_of_a_step": PAIRS_OF_A_STEP,
@@ -150,29 +147,19 @@ class Experiment:
             "contenders": contenders,
             "slopes": fresh + slopes,
             "learning_rates": {
-                f"{rate:g}": {
-                    "groups": compare(
-                        {
-                            contender: [
-                                {name: np.array(values) for name, values in runs[contender, rate, seed]["test"].items()}
-                                for seed in seeds
-                            ]
-                            for contender in contenders
-                        }
-                    )
-                }
+                f"{rate:g}": {"groups": compare({contender: predictions(contender, rate) for contender in contenders})}
                 for rate in learning_rates
             },
         }
 
-    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _kept(self, name: str, make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         """What `make` gives, or gave when it was last called with these settings."""
         folder = self.runs / fingerprint(self.test_pairs, self.steps, self.num_gradients)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.json"
         if not path.exists():
             print(f"{name} ...", flush=True)
-            write_json(path, make())
+            write_json(path, make(*arguments))
         return json.loads(path.read_text())
 
     def diagnose_fresh(self, model: str, pairs: Sequence[Preference], seed: int) -> dict[str, Any]:

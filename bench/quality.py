@@ -145,7 +145,7 @@ class Experiment:
         )
         accuracy = {cell: {rate: self.validation_accuracy(*cell, rate) for rate in grid} for cell in cells}
         rates = {
-            cell: max(plan.learning_rates, key=lambda rate, of=of: of[rate]["mean"] if of else 0.0)
+            cell: max(of, key=lambda rate, of=of: of[rate]["mean"], default=plan.learning_rates[0])
             for cell, of in accuracy.items()
         }
         self.train("seeds", (plan.run(*cell, rates[cell], seed) for seed in plan.seeds for cell in cells))
