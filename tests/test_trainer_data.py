@@ -274,6 +274,9 @@ def test_each_model_of_model_init_is_trained_with_a_loss_of_its_own(tokenizer, t
         for found, expected in zip(by_init.model.parameters(), by_model.model.parameters(), strict=True):
             assert torch.equal(found, expected)
     assert given.num_updates == 0
+    by_init.model = None  # as hyperparameter_search leaves it
+    by_init.train()
+    assert by_init.pair_loss.num_updates == 2
 
 
 def test_pair_weight_multiplies_each_pairs_loss(model, tokenizer, tmp_path):

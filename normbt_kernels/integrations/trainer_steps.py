@@ -34,7 +34,7 @@ class LossInSteps:
         Raises:
             ValueError: `apply_normbt` is on the model, whose gradients would be weighed twice or not at all.
         """
-        if applied_to(self.model):
+        if self.model is not None and applied_to(self.model):  # None where hyperparameter_search has yet to make it
             raise ValueError(
                 f"{type(self).__name__} has NormBT as its loss, and apply_normbt is on its model too: call "
                 "remove_normbt(model), or leave the loss to transformers.Trainer or trl.RewardTrainer"
