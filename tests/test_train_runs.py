@@ -341,13 +341,14 @@ def test_columns_csv_gzip_templates_and_lora_from_the_command_line(checkpoint, t
 
 def test_power_changes_what_is_trained_and_is_on_record(checkpoint, tmp_path):
     """Power 0 is plain Bradley-Terry."""
-    for power in (0, 1, 2):
+    margins = {}
+    for power in (0, 2):
         assert train("--loss", "bt", "normbt", "--power", power, "--learning-rate", 0.1, out=str(power)) == 0
-    results = [json.loads((tmp_path / str(power) / "results.json").read_text()) for power in (0, 1, 2)]
-    assert [each["made_from"]["power"] for each in results] == [0, 1, 2]
-    normbt = [each["losses"]["normbt"]["metrics"]["test_margin"] for each in results]
-    assert normbt[0] == pytest.approx(results[0]["losses"]["bt"]["metrics"]["test_margin"], rel=1e-5)
-    assert len({round(margin, 6) for margin in normbt}) == 3
+        results = json.loads((tmp_path / str(power) / "results.json").read_text())
+        assert results["made_from"]["power"] == power
+        margins[power] = [results["losses"][loss]["metrics"]["test_margin"] for loss in ("bt", "normbt")]
+    assert margins[0][1] == pytest.approx(margins[0][0], rel=1e-5)
+    assert margins[2][1] != pytest.approx(margins[2][0], rel=1e-2)
 
 
 @pytest.mark.parametrize(
