@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normbt_kernels.checks import linear_inputs, loss_options, reward_inputs
 from normbt_kernels.functional import NormBTStats, loss_and_stats
 from normbt_kernels.ops.autograd import pair_loss
-from normbt_kernels.ops.ema import EMA, add_to_pending_, move_mu_now
+from normbt_kernels.ops.ema import EMA, move_mu_now
 from normbt_kernels.ops.pair_distance import measure_distances
 from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype
 from normbt_kernels.ops.terms import WEIGHT, Mu, Scores
@@ -246,12 +246,12 @@ class DistanceEMA(nn.Module):
             )
         first_mean = None
         if not self.first_step_ended:
-            mean = self._first_mean
-            if mean is None:
-                mean = self._mean_of([measure_distances(rows)], group)
-            first_mean = torch.where(num_updates == 0, mean, mu)  # the buffers may have been filled by hand
+            first_mean = self._first_mean
+            if first_mean is None:
+                first_mean = self._mean_of([measure_distances(rows)], group)
         moves_now = self.training and not self.per_step and group is None
         pending = self.pending if self.training else None
+        # The device decides which mu weighs: the buffers may have been filled by hand.
         return Mu(tensor=first_mean, ema=EMA(mu, num_updates, pending, self.beta if moves_now else None))
 
     def _end(self, rows: RowPairs) -> None:
@@ -287,12 +287,11 @@ class DistanceEMA(nn.Module):
             self._traced = []  # a side effect, which Dynamo does not let into a checkpoint
 
     def _mean_of(self, distances: Iterable[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-        pending = None
-        for distance in distances:
-            pending = distance.new_zeros(2) if pending is None else pending
-            add_to_pending_(pending, distance.sum(), distance.numel())
-        if group is not None:
-            dist.all_reduce(pending, group=group)
+        distance = torch.cat(list(distances))
+        if group is None:
+            return distance.mean()
+        pending = torch.stack((distance.sum(), distance.new_full((), distance.numel())))
+        dist.all_reduce(pending, group=group)
         return pending[0] / pending[1]
 
     # --- state ---

@@ -13,9 +13,9 @@ from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 
 def weigh_pairs(distance: Tensor, mu: Mu, options: LossOptions) -> Tensor:
-    if mu.value is None and mu.tensor is None:
-        known = weigh_pairs(distance, Mu(tensor=mu.ema.mu), options)
-        return torch.where(mu.ema.num_updates > 0, known, 1.0)
+    if mu.ema is not None:
+        first = 1.0 if mu.tensor is None else weigh_pairs(distance, Mu(tensor=mu.tensor), options)
+        return torch.where(mu.ema.num_updates > 0, weigh_pairs(distance, Mu(tensor=mu.ema.mu), options), first)
     weight = (mu.tensor if mu.value is None else mu.value) / (distance + options.eps)
     if options.power != 1:
         weight = weight**options.power

@@ -48,13 +48,12 @@ def _gather(rows: RowPairs, dtype: torch.dtype) -> tuple[ndarray, ndarray]:
 
 
 def _weigh(distance: ndarray, mu: Mu, ema: EMA | None, options: LossOptions) -> ndarray:
-    value = mu.value
-    if value is None and mu.tensor is not None:
-        value = mu.tensor.item()
-    elif value is None:
-        if ema.num_updates == 0:
-            return numpy.ones_like(distance)
+    if ema is not None and ema.num_updates > 0:
         value = ema.mu.item()
+    elif ema is not None and mu.tensor is None:
+        return numpy.ones_like(distance)
+    else:
+        value = mu.value if mu.tensor is None else mu.tensor.item()
     weight = value / (distance + options.eps)
     if options.power != 1:
         weight **= options.power

@@ -119,7 +119,7 @@ def accumulate_head_gradient(
 
 @triton.jit(do_not_specialize=["num_pairs", "num_rows", "sequence_length"])
 def _pair_loss_kernel(
-    rows, scores, mu_ptr, num_updates_ptr, mu_value: "fp64",  # noqa: F821
+    rows, scores, mu_ptr, num_updates_ptr, first_mu_ptr, mu_value: "fp64",  # noqa: F821
     loss_ptr, gradient_ptr, pair_stats_ptr, partial_ptr,
     num_pairs, num_rows, sequence_length, hidden_size, num_columns,
     LABEL_SMOOTHING: tl.constexpr, CENTER_COEF: tl.constexpr, EPS: tl.constexpr, MAX_WEIGHT: tl.constexpr,
@@ -128,7 +128,8 @@ def _pair_loss_kernel(
 ):  # fmt: skip
     """Each program: every num_programs-th block of BLOCK_P pairs.
 
-    mu_ptr: () or none, and then mu_value. num_updates_ptr: () of an EMA or none; each pair weighs 1 while it is 0.
+    mu_ptr: () or none, and then mu_value. num_updates_ptr: () of an EMA or none; while it is 0, first_mu_ptr () is mu,
+    or, if that is none, each pair weighs 1.
     loss_ptr: (P,) of reduction "none", or none. gradient_ptr: (2, P). pair_stats_ptr: (4, P), or none.
     partial_ptr: (programs, num_columns), of which the first NUM_SUMS columns are sums, and the next H + 1 the
     gradient of the head and its bias.
@@ -145,6 +146,8 @@ def _pair_loss_kernel(
     has_mu = True
     if num_updates_ptr is not None:
         has_mu = tl.load(num_updates_ptr) > 0
+    if first_mu_ptr is not None:
+        mu = tl.where(has_mu, mu, tl.load(first_mu_ptr).to(ACC))
     first_columns = tl.arange(0, BLOCK_H)
     if LINEAR and ONE_BLOCK:
         head = load_each(scores.head_weight, first_columns, first_columns < hidden_size, ACC)
@@ -218,7 +221,7 @@ def _pair_loss_kernel(
             bt_loss = tl.where(z < 0, (LABEL_SMOOTHING - 1) * z, LABEL_SMOOTHING * z)
         bt_loss += log1p_exp
         weight = weigh(distance, mu, EPS, MAX_WEIGHT, POWER)
-        if num_updates_ptr is not None:
+        if num_updates_ptr is not None and first_mu_ptr is None:
             weight = tl.where(has_mu, weight, 1.0)
         loss = bt_loss
         gradient = (LABEL_SMOOTHING - sigmoid_minus_z) * scale
@@ -335,15 +338,16 @@ def _launch_pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptio
     device, dtype = rows.chosen.device, result.gradient.dtype
     has_head_gradient, has_stats = result.head_gradient is not None, result.pair_stats is not None
     per_pair, acc = options.reduction == "none", triton_dtype(dtype)
-    goes_by_ema, takes_up = mu.value is None and mu.tensor is None, mu.takes_up_distances
+    ema, takes_up = mu.ema, mu.takes_up_distances
     num_gradients = rows.hidden_size + 1 if has_head_gradient else 0
     num_columns = cdiv(NUM_SUMS + num_gradients, 16) * 16  # each program's part is aligned, as the compiler is told
     partial = torch.empty(shape.num_programs, num_columns, dtype=dtype, device=device)
     _pair_loss_kernel[(shape.num_programs,)](
         RowArguments.of(rows),
         ScoreArguments(*(Vector.of(tensor) for tensor in scores)),
-        mu.ema.mu if goes_by_ema else mu.tensor,
-        mu.ema.num_updates if goes_by_ema else None,
+        mu.tensor if ema is None else ema.mu,
+        None if ema is None else ema.num_updates,
+        None if ema is None else mu.tensor,
         mu.value or 0.0,
         result.loss if per_pair else None,
         result.gradient,
@@ -377,12 +381,12 @@ def _launch_pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptio
         None if per_pair else result.loss,
         result.batch_stats,
         result.head_gradient,
-        mu.ema[:3] if takes_up else None,
+        ema[:3] if takes_up else None,
         shape.num_programs,
         rows.num_pairs,
         num_gradients,
         num_columns,
-        BETA=mu.ema.beta if takes_up else None,
+        BETA=ema.beta if takes_up else None,
         MEAN=options.reduction == "mean",
         BLOCK_K=512 // dtype.itemsize,
         BLOCK_H=block_hidden,

@@ -51,14 +51,14 @@ class Scores(NamedTuple):
 
 
 class Mu(NamedTuple):
-    """What the weights are measured by: a number, a tensor, or this batch's own mean.
+    """What the weights are measured by: a number, a tensor, this batch's own mean, or the mu of `ema`.
 
-    If none of them: the mu of `ema`, and each pair weighs 1 as long as there is none.
+    As long as `ema` has no mu, the tensor stands for it; each pair weighs 1 if there is no tensor either.
     """
 
     value: float | None = None
     tensor: Tensor | None = None  # ()
-    ema: EMA | None = None  # takes up this batch's distances, whatever weighs it, unless its `pending` is None
+    ema: EMA | None = None  # also takes up this batch's distances, unless its `pending` is None
     own_mean: bool = False  # distances first, their mean, then the ordinary pass: the rows are read twice
 
     @property
