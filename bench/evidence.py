@@ -87,6 +87,21 @@ def compared(groups: dict[str, Any], names: dict[str, str]) -> str:
     return table(["loss", "accuracy", *(f"difference, {name}" for name in names)], rows)
 
 
+def controls() -> str:
+    """NormBT against BT in settings where the paper's reason for it is weaker."""
+    mixed = results("quality/quality.json")["settings"]["mixed"]["groups"]
+    settings = results("quality-controls/quality.json")["settings"]
+    rows = []
+    for name, groups in {
+        "as above": mixed,
+        "gradients not clipped": settings["no-clipping"]["groups"],
+        "LayerNorm before the head": settings["layer-norm"]["groups"],
+    }.items():
+        accuracy = (plus_minus(groups["all"]["accuracy"][loss]) for loss in ("bt", "normbt"))
+        rows.append([name, *accuracy, *(interval(difference(groups[group])) for group in GROUPS.values())])
+    return table(["", "BT", "NormBT", *(f"difference, {name}" for name in GROUPS)], rows)
+
+
 def losses() -> str:
     """Each loss at its best learning rate. p is corrected for all rows of the table (Bonferroni)."""
     settings = results("quality-losses/quality.json")["settings"]
@@ -305,6 +320,7 @@ def cpu_rows() -> list[list[str]]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "powers": powers,
+    "controls": controls,
     "losses": losses,
     "rates": rates,
     "constants": constants,
