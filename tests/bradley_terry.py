@@ -79,6 +79,11 @@ def bystanders(model, batch):
     model.train()
 
 
+def assert_gradients_of(model, other):
+    for gradient, expected in paired(model, other):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
 def paired(model, other):
     found, expected = gradients(model), gradients(other)
     assert found.keys() == expected.keys()

@@ -9,7 +9,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normbt_kernels import apply_normbt
-from tests.bradley_terry import LOSS, Eager, assert_close_models, bt_loss, bystanders, mu_of, paired, weights_of
+from tests.bradley_terry import (
+    LOSS,
+    Eager,
+    assert_close_models,
+    assert_gradients_of,
+    bt_loss,
+    bystanders,
+    mu_of,
+    paired,
+    weights_of,
+)
 from tests.step_ema import StepEMA, start
 from tests.tiny_classifiers import gradients, make_batch, make_model
 
@@ -115,8 +125,7 @@ def test_forwards_are_weighed_in_their_order_whatever_the_order_of_backwards(che
         BACKWARDS[backwards]([eager.loss(batch, **LOSS) for batch in batches])
         BACKWARDS[backwards]([under(checkpointing, partial(bt_loss, model, **LOSS), batch) for batch in batches])
         bystanders(model, batches[0])
-        for gradient, expected in paired(model, eager.model):
-            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+        assert_gradients_of(model, eager.model)
     torch.testing.assert_close(mu_of(model)[0], eager.ema.mu, rtol=1e-5, atol=0)
     assert mu_of(model)[1] == 6
 
@@ -131,8 +140,7 @@ def test_several_batches_in_one_checkpoint():
         bt_loss(model, make_batch(seed=7 + seed)).backward()
         (eager.loss(batch) + eager.loss(batch)).backward()
         under("not reentrant", lambda batch: bt_loss(model, batch) + bt_loss(model, batch), batch).backward()
-    for gradient, expected in paired(model, eager.model):
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert_gradients_of(model, eager.model)
     assert mu_of(model)[1] == 6
 
 
@@ -177,8 +185,7 @@ def test_torch_compile_gives_the_gradients_of_eager_mode():
         batch = make_batch(seed=seed)
         bt_loss(compiled, batch, **LOSS).backward()
         bt_loss(plain, batch, **LOSS).backward()
-        for gradient, expected in paired(model, plain):
-            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+        assert_gradients_of(model, plain)
     assert mu_of(model) == mu_of(plain)
     compiled.eval()
     with torch.no_grad():
