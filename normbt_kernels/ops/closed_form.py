@@ -1,5 +1,5 @@
 """The pass over row pairs in PyTorch operators: the closed form of `pair_loss.py`, which serves every device without
-Triton. Few operators for few pairs; for many, a block at a time that stays in a core's cache."""
+Triton, a block at a time that stays in a core's cache. (Few pairs on the CPU are those of `few_pairs.py`.)"""
 
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def _compute_block(
 def compute_pair_loss(
     rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool
 ) -> LossResult:
-    """The closed form in PyTorch operators: few for few pairs, and for many a block of them at a time."""
+    """The loss of P >= 1 pairs."""
     dtype = scores.accumulate_dtype(rows)
     head = None if scores.head_weight is None else cast(scores.head_weight, dtype)
     total = rows.chosen.new_zeros(rows.hidden_size + 1, dtype=dtype) if head_gradient else None

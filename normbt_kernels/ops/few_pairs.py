@@ -11,11 +11,10 @@ from numpy import ndarray
 from torch import Tensor
 
 from normbt_kernels.ops.ema import EMA, move_mu_on_cpu
-from normbt_kernels.ops.pairs import RowPairs, cast
+from normbt_kernels.ops.pairs import CACHE_ELEMENTS, RowPairs, cast
 from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
-# Of one side: 1 MB in fp32.
-MAX_ELEMENTS = 262144
+MAX_ELEMENTS = CACHE_ELEMENTS  # of one side
 DTYPES = {torch.float32: numpy.float32, torch.float64: numpy.float64}
 row_sums = numpy.add.reduce  # in a cascade; without the Python layers of `sum`
 

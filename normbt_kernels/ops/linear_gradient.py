@@ -285,7 +285,7 @@ def _compute_linear_gradient(
     upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout,
     hidden_dtype: torch.dtype, bias_dtype: torch.dtype, needs: tuple[bool, bool, bool],
 ) -> Gradients:  # fmt: skip
-    """The closed form in PyTorch operators; None where a gradient is not wanted."""
+    """The closed form; None where a gradient is not wanted."""
     needs_hidden, needs_weight, needs_bias = needs
     each_serves_once = layout.pairs is None and layout.last_token is None
     reads_rows = upstream.per_pair and (needs_weight or needs_bias)
