@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -117,8 +117,8 @@ def entry_points() -> dict[str, Callable[[], object]]:
     }
 
 
-def compile_for(target: str) -> dict[str, dict]:
-    """Compiles every entry point for `target`; {"entry point: kernel": what the compiler made of it}."""
+def compile_for(target: str, names: Collection[str]) -> dict[str, dict]:
+    """Compiles these entry points for `target`; {"entry point: kernel": what the compiler made of it}."""
     # Never restored: this runs in a process of its own.
     backend.backend_name = lambda device: "triton"
     backend.INTERPRETED_MULTIPROCESSORS = MULTIPROCESSORS
@@ -136,8 +136,9 @@ def compile_for(target: str) -> dict[str, dict]:
         binaries.append((kernel.__name__, launch(kernel, *args, grid=grid, warmup=True, **kwargs)))
 
     JITFunction.run = compile_only
-    for entry, run in entry_points().items():
-        run()
+    entries = entry_points()
+    for entry in names:
+        entries[entry]()
         compiled |= {f"{entry}: {kernel}": describe(binary) for kernel, binary in binaries}
         binaries.clear()
     return compiled
@@ -236,15 +237,16 @@ def _reads_rows(load: Load) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="+", choices=TARGETS)
+    parser.add_argument("--entries", nargs="*", default=list(entry_points()), help="compile only these (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args()
     if len(options.targets) > 1:  # one process for each: the first compilation ties a process to its target
         results = {}
         for target in options.targets:
-            command = [sys.executable, "-m", "bench.ahead_of_time", target, "--json"]
+            command = [sys.executable, "-m", "bench.ahead_of_time", target, "--json", "--entries", *options.entries]
             results |= json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     else:
-        results = {target: compile_for(target) for target in options.targets}
+        results = {target: compile_for(target, options.entries) for target in options.targets}
     if options.json:
         print(json.dumps(results))
         return

@@ -241,8 +241,8 @@ class CountingProcess:
         self._errors.close()
 
 
-def compile_target(target: str) -> dict[str, dict[str, Any]]:
-    command = [sys.executable, "-m", "bench.ahead_of_time", target, "--json"]
+def compile_target(target: str, *options: str) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-m", "bench.ahead_of_time", target, "--json", *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     if process.returncode != 0:
@@ -296,7 +296,8 @@ def pick(figures: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def measure(names: Sequence[str], targets: Sequence[str]) -> Measured:
     """Counts and compiles, as many at a time as there are processors."""
-    jobs = deque([("count", name) for name in names] + [("compile", target) for target in targets])
+    # A target takes as long as several entries.
+    jobs = deque([("compile", target) for target in targets] + [("count", name) for name in names])
     done: dict[tuple[str, str], dict] = {}
 
     def take() -> tuple[str, str] | None:
