@@ -29,7 +29,7 @@ def loss_options(
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     given = {"label_smoothing": label_smoothing, "center_coef": center_coef, "eps": eps, "power": power}
     for name, value in given.items():
-        if not _is_number(value):
+        if type(value) is not float and not _is_number(value):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -41,7 +41,7 @@ def loss_options(
     if not 0 <= power < math.inf:
         raise ValueError(f"power must be finite and >= 0 (1 is NormBT, 0 plain Bradley-Terry), got {power}")
     if max_weight is not None:
-        if not _is_number(max_weight):
+        if type(max_weight) is not float and not _is_number(max_weight):
             raise TypeError(f"max_weight must be a number or None, got {type(max_weight).__name__}")
         if not max_weight > 0:
             raise ValueError(f"max_weight must be > 0 or None for no cap, got {max_weight}")
@@ -61,7 +61,7 @@ def mu_of(mu: float | Tensor | None, hidden: Tensor) -> Mu:
         if isinstance(hidden, Tensor):
             _check_device("mu", mu, hidden.device)
         return Mu(tensor=mu.detach())
-    if not _is_number(mu):
+    if type(mu) is not float and not _is_number(mu):
         raise TypeError(f"mu must be a number, a 0-d tensor or None, got {type(mu).__name__}")
     if not 0 <= mu < math.inf:
         raise ValueError(f"mu must be finite and >= 0, got {mu}")
@@ -88,8 +88,8 @@ def reward_inputs(
         _rewards("rejected_rewards", rejected_rewards, num_pairs, device),
         None,
         None,
-        _constant("margin", margin, num_pairs, device),
-        _constant("pair_weight", pair_weight, num_pairs, device),
+        None if margin is None else _constant("margin", margin, num_pairs, device),
+        None if pair_weight is None else _constant("pair_weight", pair_weight, num_pairs, device),
     )
 
 
@@ -118,8 +118,8 @@ def linear_inputs(
         None,
         weight if weight.dim() == 1 else weight.reshape(hidden_size),
         bias,
-        _constant("margin", margin, num_pairs, device),
-        _constant("pair_weight", pair_weight, num_pairs, device),
+        None if margin is None else _constant("margin", margin, num_pairs, device),
+        None if pair_weight is None else _constant("pair_weight", pair_weight, num_pairs, device),
     )
 
 
@@ -153,8 +153,6 @@ def _has_shape(tensor: Tensor, *shape: int) -> bool:
 
 
 def _is_number(value) -> bool:
-    if type(value) is float:  # by far the most frequent, and an abstract class takes its time
-        return True
     return isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
@@ -199,10 +197,8 @@ def _rewards(name: str, rewards: Tensor, num_pairs: int, device: torch.device) -
     return rewards if rewards.dim() == 1 else rewards.reshape(num_pairs)
 
 
-def _constant(name: str, value: Tensor | None, num_pairs: int, device: torch.device) -> Tensor | None:
+def _constant(name: str, value: Tensor, num_pairs: int, device: torch.device) -> Tensor:
     """`margin` or `pair_weight`, of any real dtype, because data sets have all of them."""
-    if value is None:
-        return None
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.is_complex() or (value.is_floating_point() and value.dtype not in FLOATING):

@@ -183,7 +183,7 @@ class DistanceEMA(nn.Module):
         if mu.dtype != torch.float32:  # FSDP1's MixedPrecision(buffer_dtype=...) casts without `_apply`
             mu.data = self._exact_mu.to(mu.device)
         if not torch.compiler.is_compiling():
-            self._exact_mu = mu.detach()
+            vars(self)["_exact_mu"] = mu.detach()  # nn.Module's own way to set it takes a few us of every step
         if self.pending.device != mu.device:  # FSDP moves buffers without `_apply`
             self.pending = _moved(self.pending, mu.device)
         if self._reduction is not None:
@@ -213,22 +213,22 @@ class DistanceEMA(nn.Module):
 
     def weigh(self, rows: RowPairs) -> Tensor:
         """The weights (P,) of pairs whose loss is computed elsewhere. They count as the pairs of a forward do."""
-        mu = self._begin(rows)
+        mu, group = self._begin(rows)
         # The pass over the pairs makes them, in two launches, beside a loss that nobody asks for.
         reward = rows.chosen.new_zeros(rows.num_pairs, dtype=accumulate_dtype(rows.chosen, rows.rejected))
         scores = Scores(reward, reward, None, None, None, None)
         weight = pair_loss(rows, scores, mu, self.options, stats=True).pair_stats[WEIGHT]
-        self._end(rows)
+        self._end(rows, group)
         return weight
 
     def _score(self, rows: RowPairs, scores: Scores, return_stats: bool):
-        mu = self._begin(rows)
+        mu, group = self._begin(rows)
         result = loss_and_stats(rows, scores, mu, self.options, return_stats)
-        self._end(rows)
+        self._end(rows, group)
         return result
 
-    def _begin(self, rows: RowPairs) -> Mu:
-        """What weighs these pairs, and takes up their distances."""
+    def _begin(self, rows: RowPairs) -> tuple[Mu, dist.ProcessGroup | None]:
+        """What weighs these pairs, and takes up their distances; and the ranks that share this forward."""
         self._settle()
         mu, num_updates = self._buffers["mu"], self._buffers["num_updates"]
         if mu.device != rows.chosen.device:
@@ -252,22 +252,21 @@ class DistanceEMA(nn.Module):
         moves_now = self.training and not self.per_step and group is None
         pending = self.pending if self.training else None
         # The device decides which mu weighs: the buffers may have been filled by hand.
-        return Mu(tensor=first_mean, ema=EMA(mu, num_updates, pending, self.beta if moves_now else None))
+        return Mu(None, first_mean, EMA(mu, num_updates, pending, self.beta if moves_now else None)), group
 
-    def _end(self, rows: RowPairs) -> None:
+    def _end(self, rows: RowPairs, group: dist.ProcessGroup | None) -> None:
         if not self.training:
             return
-        group = self._group()
-        if rows.num_pairs > 0 or group is not None:  # torch 2.11 compiles `|=` of a symbol into invalid code
+        if not self._first_step_began and (rows.num_pairs > 0 or group is not None):
             self._first_step_began = True
         if self.per_step:
             if not (self.first_step_ended or torch.compiler.is_compiling()):
                 self._warn_of_no_step()
             return
-        if group is None:  # mu has moved already
-            self.first_step_ended = self._first_step_began
-        else:
+        if group is not None:
             self._move()
+        elif not self.first_step_ended:  # mu has moved already
+            self.first_step_ended = self._first_step_began
 
     def _warn_of_no_step(self) -> None:
         self._forwards_before_first_step += 1

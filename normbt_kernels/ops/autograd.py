@@ -158,7 +158,7 @@ def _differentiable(run: Callable[[Call, bool], LossResult], call: Call) -> Loss
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         results: list[LossResult] = []
         loss = PairLoss.apply(run, call, results, *inputs)
-        return results[0]._replace(loss=loss)
+        return LossResult(loss, *results[0][1:])
     return run(call, False)
 
 
@@ -175,7 +175,8 @@ def _autograd(run: Callable, *arguments) -> LossResult:
 def _fake(*arguments) -> tuple[Tensor, ...]:
     given = Arguments(*arguments)
     rows, scores, _, options, stats = given.call
-    result = LossResult.allocate(rows, scores.accumulate_dtype(rows), options, given.head_gradient, stats)
+    memory = {"dtype": scores.accumulate_dtype(rows), "device": rows.chosen.device}
+    result = LossResult.allocate(rows.num_pairs, rows.hidden_size, options, stats, given.head_gradient, **memory)
     return with_empty_tables(result)
 
 

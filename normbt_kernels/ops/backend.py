@@ -8,11 +8,14 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from normbt_kernels.ops import _triton
+
+Result = TypeVar("Result")
 
 # Of every launch. Versions of Triton differ in their default, and a * b + c rounded once is another number than twice.
 FP_FUSION = True
@@ -48,8 +51,9 @@ def _multiprocessors_of_gpu(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def on_device(device: torch.device) -> AbstractContextManager:
-    """Makes `device` current: Triton launches on the current device, wherever the tensors are."""
+def run_on(device: torch.device, run: Callable[..., Result], *arguments: Any) -> Result:
+    """`run(*arguments)` with `device` as the current one: Triton launches there, wherever the tensors are."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+        return run(*arguments)
+    with torch.cuda.device(device):
+        return run(*arguments)

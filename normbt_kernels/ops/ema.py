@@ -14,7 +14,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import FP_FUSION, on_device, uses_kernels
+from normbt_kernels.ops.backend import run_on, uses_kernels
+from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, is_watched, without_gradients
 
 
@@ -56,6 +57,13 @@ def _move_mu_kernel(mu_ptr, num_updates_ptr, pending_ptr, BETA: tl.constexpr):
     move_mu(mu_ptr, num_updates_ptr, pending_ptr, BETA)
 
 
+_plans: Plans[Launch] = Plans()
+
+
+def _plan_move(beta: float) -> Launch:
+    return Launch(_move_mu_kernel, (1, 1, 1), 1, BETA=beta)
+
+
 # The same in PyTorch operators, which do not wait for the device, and as plain arithmetic for the CPU.
 
 
@@ -86,8 +94,8 @@ def move_mu_on_cpu(mu: ndarray, num_updates: ndarray, pending: ndarray, beta: fl
 
 def _move_mu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
     if uses_kernels(mu.device):
-        with on_device(mu.device):
-            _move_mu_kernel[(1,)](mu, num_updates, pending, BETA=beta, num_warps=1, enable_fp_fusion=FP_FUSION)
+        tensors = mu, num_updates, pending
+        run_on(mu.device, _plans.find((mu.device, beta, kinds(tensors)), _plan_move, beta), tensors, *tensors)
     elif mu.device.type == "cpu":
         move_mu_on_cpu(mu.numpy(), num_updates.numpy(), pending.numpy(), beta)
     else:

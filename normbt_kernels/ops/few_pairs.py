@@ -16,7 +16,7 @@ from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 MAX_ELEMENTS = CACHE_ELEMENTS  # of one side
 DTYPES = {torch.float32: numpy.float32, torch.float64: numpy.float64}
-row_sums = numpy.add.reduce  # in a cascade; without the Python layers of `sum`
+total_of = numpy.add.reduce  # without the Python layers of `sum`
 
 
 def are_few(num_pairs: int, hidden_size: int, device: torch.device) -> bool:
@@ -24,7 +24,7 @@ def are_few(num_pairs: int, hidden_size: int, device: torch.device) -> bool:
 
 
 def _array(tensor: Tensor | None, dtype: torch.dtype) -> ndarray | None:
-    return None if tensor is None else cast(tensor.detach(), dtype).numpy()
+    return None if tensor is None else cast(tensor.detach(), dtype).contiguous().numpy()
 
 
 def _vector(tensor: Tensor | None, dtype: torch.dtype) -> ndarray | None:
@@ -77,16 +77,16 @@ def _compute(
     scale = 1 / num_pairs if options.reduction == "mean" else 1.0
     # 1. the rows: rho, d, and what else is asked for
     chosen, rejected = _gather(rows, dtype)
-    delta = chosen - rejected
-    distance = numpy.sqrt(row_sums(delta * delta, 1)).astype(numpy.float64)
+    delta = numpy.subtract(chosen, rejected, order="C")  # other strides would give other bits
+    distance = numpy.sqrt(numpy.vecdot(delta, delta)).astype(numpy.float64)
     head, bias = _array(scores.head_weight, dtype), _vector(scores.head_bias, dtype)
     chosen_reward, rejected_reward = _vector(scores.chosen_rewards, dtype), _vector(scores.rejected_rewards, dtype)
     if head is None:
         difference = chosen_reward - rejected_reward
     else:
-        difference = row_sums(delta * head, 1).astype(numpy.float64)
+        difference = numpy.vecdot(delta, head).astype(numpy.float64)
         if stats or centers:
-            rejected_reward = row_sums(rejected * head, 1).astype(numpy.float64)
+            rejected_reward = numpy.vecdot(numpy.ascontiguousarray(rejected), head).astype(numpy.float64)
             if bias is not None:
                 rejected_reward += bias
             chosen_reward = rejected_reward + difference
@@ -111,26 +111,26 @@ def _compute(
         centering = 2 * options.center_coef * scale * reward_sum
         table[0], table[1] = gradient + centering, centering - gradient
     # 3. the head's gradient
-    total = None
+    head_total = None
     if head_gradient:
-        total = numpy.zeros(rows.hidden_size + 1, number)
-        total[:-1] = gradient.astype(number) @ delta
+        head_total = numpy.zeros(rows.hidden_size + 1, number)
+        head_total[:-1] = gradient.astype(number) @ delta
         if centers:
-            total[:-1] += centering.astype(number) @ (chosen + rejected)
-            total[-1] = 2 * row_sums(centering)
-        total = torch.from_numpy(total)
+            head_total[:-1] += centering.astype(number) @ (chosen + rejected)
+            head_total[-1] = 2 * total_of(centering)
+        head_total = torch.from_numpy(head_total)
     # 4. what the batch leaves behind
     if options.reduction != "none":
-        loss = row_sums(loss) * scale
+        loss = total_of(loss) * scale
     pair_stats = batch_stats = None
     if stats:
         pair_stats = _tensor((distance, weight, chosen_reward, rejected_reward), number)
-        batch_stats = _tensor([row_sums(x) / num_pairs for x in (distance, bt_loss, difference > 0)], number)
+        batch_stats = _tensor([total_of(x) / num_pairs for x in (distance, bt_loss, difference > 0)], number)
     if mu.takes_up_distances:
-        ema.pending[:] += row_sums(distance), num_pairs
+        ema.pending[:] += total_of(distance), num_pairs
         if ema.beta is not None:
             move_mu_on_cpu(*ema)
-    return LossResult(_tensor(loss, number), torch.from_numpy(table), total, pair_stats, batch_stats)
+    return LossResult(_tensor(loss, number), torch.from_numpy(table), head_total, pair_stats, batch_stats)
 
 
 def _tensor(values, number: type) -> Tensor:

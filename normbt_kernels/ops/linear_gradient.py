@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import FP_FUSION, num_multiprocessors, on_device, triton_dtype, uses_kernels
+from normbt_kernels.ops.backend import num_multiprocessors, run_on, triton_dtype, uses_kernels
 from normbt_kernels.ops.few_pairs import are_few, compute_few_gradients
 from normbt_kernels.ops.launch import LaunchShape, cdiv
+from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, refuse_gradients, with_empty_tables
 from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
-from normbt_kernels.ops.pairs import RowArguments, RowPairs, Vector, cast, load_each
+from normbt_kernels.ops.pairs import NO_VECTOR, RowArguments, RowPairs, Vector, cast, load_each
 
 ONCE = "the NormBT losses cannot be differentiated twice"
 
@@ -194,91 +195,106 @@ class Layout(NamedTuple):
         return RowPairs(hidden, hidden, self.pairs, self.last_token, self.name)
 
 
-def _sum_pairs_of_rows(upstream: Upstream, layout: Layout) -> Tensor:
-    """c_n of explicit pairs, (N,)."""
-    num_rows, block_rows = layout.hidden_shape[0], 16
-    # Row numbers of 32 bits halve the bytes that are sorted, which 64 would take beyond 1.05 of the floor.
-    row = layout.pairs.T.to(torch.int32, memory_format=torch.contiguous_format).reshape(-1)
-    row, order = torch.sort(row, stable=True)
-    start = torch.searchsorted(row, torch.arange(num_rows + 1, dtype=torch.int32, device=row.device))
-    coefficient = upstream.gradient.new_empty(num_rows)
-    _sum_pairs_of_rows_kernel[(cdiv(num_rows, block_rows),)](
-        order,
-        start,
-        upstream.gradient,
-        Vector.of(upstream.loss_gradient),
-        coefficient,
-        num_rows,
-        upstream.num_pairs,
-        PER_PAIR=upstream.per_pair,
-        BLOCK_N=block_rows,
-        BLOCK_K=16,
-        ACC=triton_dtype(coefficient.dtype),
-        num_warps=4,
-        enable_fp_fusion=FP_FUSION,
-    )
-    return coefficient
+class GradientPlan:
+    """The launches of a backward pass."""
+
+    def __init__(
+        self, result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
+    ):
+        num_rows, num_pairs, hidden_size = layout.hidden_shape[0], upstream.num_pairs, layout.hidden_shape[-1]
+        per_pair, dtype, device = upstream.per_pair, upstream.gradient.dtype, upstream.gradient.device
+        needs_hidden = result.hidden is not None
+        needs_head = result.head_weight is not None or result.head_bias is not None
+        acc, num_partials = triton_dtype(dtype), int(needs_head)
+        self.num_rows, self.num_pairs = num_rows, num_pairs
+        self.sum_pairs = self.sum_head = None
+        if needs_hidden and layout.name == "explicit":
+            self.sum_pairs = Launch(
+                _sum_pairs_of_rows_kernel, (cdiv(num_rows, 16), 1, 1), 4,
+                PER_PAIR=per_pair, BLOCK_N=16, BLOCK_K=16, ACC=acc,
+            )  # fmt: skip
+        if needs_head and per_pair:
+            rows = layout.rows(hidden)
+            shape = rows.launch_shape()
+            num_partials = shape.num_programs
+            self.sum_head = Launch(
+                _sum_head_gradient_kernel, (num_partials, 1, 1), shape.num_warps,
+                LAYOUT=layout.name, BLOCK_P=shape.block_rows, BLOCK_H=shape.block_hidden, ACC=acc,
+            )  # fmt: skip
+            self.row_sizes = num_pairs, num_rows, rows.sequence_length, hidden_size, hidden_size + 1
+        shape = LaunchShape.for_rows(
+            layout.num_positions if needs_hidden else 1, hidden_size, num_multiprocessors(device)
+        )
+        self.num_partials = num_partials
+        self.sizes = num_rows, layout.sequence_length, num_pairs, hidden_size, hidden_size + 1
+        self.write = Launch(
+            _write_gradient_kernel,
+            (shape.num_programs, cdiv(hidden_size, shape.block_hidden), 1),
+            shape.num_warps,
+            LAYOUT=layout.name,
+            PER_PAIR=per_pair,
+            BLOCK_N=shape.block_rows,
+            BLOCK_H=shape.block_hidden,
+            BLOCK_K=16 // dtype.itemsize,  # x 1024 columns: more at a time spill to local memory
+            ACC=acc,
+        )
+
+    def run(
+        self, result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
+    ) -> None:
+        coefficient, head_gradient = None, upstream.head_gradient
+        loss_gradient = Vector.of(upstream.loss_gradient)
+        if self.sum_pairs is not None:
+            coefficient = self._sum_pairs_of_rows(upstream, layout, loss_gradient)
+        if self.sum_head is not None:
+            head_gradient = self._sum_head_gradient(upstream, layout.rows(hidden), loss_gradient)
+        self.write(
+            (*result, *upstream, coefficient, head_weight, head_gradient, layout.last_token),
+            *result,
+            upstream.gradient,
+            loss_gradient,
+            coefficient,
+            Vector.of(head_weight),
+            head_gradient if self.num_partials else None,
+            self.num_partials or 1,
+            NO_VECTOR if layout.last_token is None else Vector.of(layout.last_token),
+            *self.sizes,
+        )
+
+    def _sum_pairs_of_rows(self, upstream: Upstream, layout: Layout, loss_gradient: Vector) -> Tensor:
+        """c_n of explicit pairs, (N,)."""
+        # Row numbers of 32 bits halve the bytes that are sorted, which 64 would take beyond 1.05 of the floor.
+        row = layout.pairs.T.to(torch.int32, memory_format=torch.contiguous_format).reshape(-1)
+        row, order = torch.sort(row, stable=True)
+        start = torch.searchsorted(row, torch.arange(self.num_rows + 1, dtype=torch.int32, device=row.device))
+        coefficient = upstream.gradient.new_empty(self.num_rows)
+        self.sum_pairs(
+            (order, start, upstream.gradient, upstream.loss_gradient, coefficient),
+            order, start, upstream.gradient, loss_gradient, coefficient, self.num_rows, self.num_pairs,
+        )  # fmt: skip
+        return coefficient
+
+    def _sum_head_gradient(self, upstream: Upstream, rows: RowPairs, loss_gradient: Vector) -> Tensor:
+        """The programs' parts of grad v and of the bias's gradient with reduction "none", (programs, H + 1)."""
+        partials = upstream.gradient.new_empty(self.num_partials, rows.hidden_size + 1)
+        self.sum_head(
+            (*rows[:4], upstream.gradient, upstream.loss_gradient, partials),
+            RowArguments.of(rows), upstream.gradient, loss_gradient, partials, *self.row_sizes,
+        )  # fmt: skip
+        return partials
 
 
-def _sum_head_gradient(upstream: Upstream, rows: RowPairs) -> Tensor:
-    """The programs' parts of grad v and of the bias's gradient with reduction "none", (programs, H + 1)."""
-    shape = rows.launch_shape()
-    partial = upstream.gradient.new_empty(shape.num_programs, rows.hidden_size + 1)
-    _sum_head_gradient_kernel[(shape.num_programs,)](
-        RowArguments.of(rows),
-        upstream.gradient,
-        Vector.of(upstream.loss_gradient),
-        partial,
-        rows.num_pairs,
-        rows.chosen.shape[0],
-        rows.sequence_length,
-        rows.hidden_size,
-        partial.shape[1],
-        LAYOUT=rows.layout,
-        BLOCK_P=shape.block_rows,
-        BLOCK_H=shape.block_hidden,
-        ACC=triton_dtype(partial.dtype),
-        num_warps=shape.num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
-    return partial
+_plans: Plans[GradientPlan] = Plans()
 
 
 def _launch_linear_gradient(
     result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
 ) -> None:
-    needs_hidden, hidden_size = result.hidden is not None, layout.hidden_shape[-1]
-    needs_head = result.head_weight is not None or result.head_bias is not None
-    coefficient = _sum_pairs_of_rows(upstream, layout) if needs_hidden and layout.name == "explicit" else None
-    head_gradient = None
-    if needs_head:  # (partials, H + 1)
-        by_pair = upstream.per_pair
-        head_gradient = _sum_head_gradient(upstream, layout.rows(hidden)) if by_pair else upstream.head_gradient[None]
-    processors = num_multiprocessors(upstream.gradient.device)
-    shape = LaunchShape.for_rows(layout.num_positions if needs_hidden else 1, hidden_size, processors)
-    _write_gradient_kernel[(shape.num_programs, cdiv(hidden_size, shape.block_hidden))](
-        *result,
-        upstream.gradient,
-        Vector.of(upstream.loss_gradient),
-        coefficient,
-        Vector.of(head_weight),
-        head_gradient,
-        1 if head_gradient is None else head_gradient.shape[0],
-        Vector.of(layout.last_token),
-        layout.hidden_shape[0],
-        layout.sequence_length,
-        upstream.num_pairs,
-        hidden_size,
-        hidden_size + 1,
-        LAYOUT=layout.name,
-        PER_PAIR=upstream.per_pair,
-        BLOCK_N=shape.block_rows,
-        BLOCK_H=shape.block_hidden,
-        BLOCK_K=16 // upstream.gradient.element_size(),  # x 1024 columns: more at a time spill to local memory
-        ACC=triton_dtype(upstream.gradient.dtype),
-        num_warps=shape.num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
+    device = upstream.gradient.device
+    tensors = (*result, *upstream, head_weight, hidden, layout.pairs, layout.last_token)
+    kind = device, layout.name, tuple(layout.hidden_shape), kinds(tensors)
+    call = result, upstream, head_weight, hidden, layout
+    run_on(device, _plans.find(kind, GradientPlan, *call).run, *call)
 
 
 def _compute_linear_gradient(
@@ -398,8 +414,7 @@ def linear_gradient(
             if tensor is not None:
                 tensor.zero_()
     else:
-        with on_device(gradient.device):
-            _launch_linear_gradient(result, upstream, head_weight, hidden, places)
+        _launch_linear_gradient(result, upstream, head_weight, hidden, places)
     return result
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import FP_FUSION, on_device, triton_dtype, uses_kernels
+from normbt_kernels.ops.backend import run_on, triton_dtype, uses_kernels
+from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, is_watched, without_gradients
 from normbt_kernels.ops.pairs import RowArguments, RowPairs, accumulate_dtype, load_tile, locate_pairs
 
@@ -35,22 +36,30 @@ def _measure_distance_kernel(
         tl.store(distance_ptr + pair, distance, mask=pair < num_pairs)
 
 
+class DistancePlan:
+    def __init__(self, rows: RowPairs, distance: Tensor):
+        shape = rows.launch_shape()
+        self.sizes = rows.num_pairs, rows.chosen.shape[0], rows.sequence_length, rows.hidden_size
+        self.measure = Launch(
+            _measure_distance_kernel,
+            (shape.num_programs, 1, 1),
+            shape.num_warps,
+            LAYOUT=rows.layout,
+            BLOCK_P=shape.block_rows,
+            BLOCK_H=min(shape.block_hidden, MAX_BLOCK),
+            ACC=triton_dtype(distance.dtype),
+        )
+
+    def run(self, rows: RowPairs, distance: Tensor) -> None:
+        self.measure((*rows[:4], distance), RowArguments.of(rows), distance, *self.sizes)
+
+
+_plans: Plans[DistancePlan] = Plans()
+
+
 def _launch_measure_distance(rows: RowPairs, distance: Tensor) -> None:
-    shape = rows.launch_shape()
-    _measure_distance_kernel[(shape.num_programs,)](
-        RowArguments.of(rows),
-        distance,
-        rows.num_pairs,
-        rows.chosen.shape[0],
-        rows.sequence_length,
-        rows.hidden_size,
-        LAYOUT=rows.layout,
-        BLOCK_P=shape.block_rows,
-        BLOCK_H=min(shape.block_hidden, MAX_BLOCK),
-        ACC=triton_dtype(distance.dtype),
-        num_warps=shape.num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
+    kind = distance.device, rows.layout, kinds((*rows[:4], distance))
+    run_on(distance.device, _plans.find(kind, DistancePlan, rows, distance).run, rows, distance)
 
 
 def _pair_distance_fake(chosen, rejected, pairs, last_token, layout, dtype):
@@ -66,8 +75,7 @@ def _pair_distance(
     if rows.num_pairs == 0:
         return distance
     if uses_kernels(chosen.device):
-        with on_device(chosen.device):
-            _launch_measure_distance(rows, distance)
+        _launch_measure_distance(rows, distance)
         return distance
     for pairs, block in rows.blocks():
         chosen_rows, rejected_rows = block.gather(dtype)

@@ -18,14 +18,17 @@ same bits. The reduction also brings the EMA up to date.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import FP_FUSION, on_device, triton_dtype, uses_kernels
+from normbt_kernels.ops.backend import run_on, triton_dtype, uses_kernels
 from normbt_kernels.ops.closed_form import compute_pair_loss
-from normbt_kernels.ops.ema import add_to_pending, move_mu
+from normbt_kernels.ops.ema import EMA, add_to_pending, move_mu
 from normbt_kernels.ops.few_pairs import are_few, compute_few_pairs
 from normbt_kernels.ops.launch import cdiv
+from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.pairs import (
+    NO_VECTOR,
     RowArguments,
     RowPairs,
     Vector,
@@ -38,6 +41,8 @@ from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 # What each program leaves behind before its part of the head's gradient: sums of the loss, the distance, the BT loss
 # and the pairs in order.
 NUM_SUMS = 4
+FINALISED_COLUMNS = 32  # of the head's gradient, by each program of the reduction
+NO_EMA = EMA(None, None, None, None)
 
 
 class ScoreArguments(NamedTuple):
@@ -333,67 +338,95 @@ def _finalise_kernel(
                 move_mu(ema[0], ema[1], ema[2], BETA)
 
 
-def _launch_pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, result: LossResult) -> None:
-    shape = rows.launch_shape(centers=options.center_coef != 0)
-    device, dtype = rows.chosen.device, result.gradient.dtype
-    has_head_gradient, has_stats = result.head_gradient is not None, result.pair_stats is not None
-    per_pair, acc = options.reduction == "none", triton_dtype(dtype)
-    ema, takes_up = mu.ema, mu.takes_up_distances
-    num_gradients = rows.hidden_size + 1 if has_head_gradient else 0
-    num_columns = cdiv(NUM_SUMS + num_gradients, 16) * 16  # each program's part is aligned, as the compiler is told
-    partial = torch.empty(shape.num_programs, num_columns, dtype=dtype, device=device)
-    _pair_loss_kernel[(shape.num_programs,)](
-        RowArguments.of(rows),
-        ScoreArguments(*(Vector.of(tensor) for tensor in scores)),
-        mu.tensor if ema is None else ema.mu,
-        None if ema is None else ema.num_updates,
-        None if ema is None else mu.tensor,
-        mu.value or 0.0,
-        result.loss if per_pair else None,
-        result.gradient,
-        result.pair_stats,
-        partial,
-        rows.num_pairs,
-        rows.chosen.shape[0],
-        rows.sequence_length,
-        rows.hidden_size,
-        num_columns,
-        LABEL_SMOOTHING=options.label_smoothing,
-        CENTER_COEF=options.center_coef,
-        EPS=options.eps,
-        MAX_WEIGHT=options.max_weight,
-        POWER=options.power,
-        MEAN=options.reduction == "mean",
-        HEAD_GRADIENT=has_head_gradient,
-        LAYOUT=rows.layout,
-        ONE_BLOCK=shape.block_hidden >= rows.hidden_size,
-        BLOCK_P=shape.block_rows,
-        BLOCK_H=shape.block_hidden,
-        ACC=acc,
-        num_warps=shape.num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
-    if per_pair and not (has_stats or has_head_gradient or takes_up):
-        return
-    block_hidden = 32
-    _finalise_kernel[(cdiv(max(num_gradients, 1), block_hidden),)](
-        partial,
-        None if per_pair else result.loss,
-        result.batch_stats,
-        result.head_gradient,
-        ema[:3] if takes_up else None,
-        shape.num_programs,
-        rows.num_pairs,
-        num_gradients,
-        num_columns,
-        BETA=ema.beta if takes_up else None,
-        MEAN=options.reduction == "mean",
-        BLOCK_K=512 // dtype.itemsize,
-        BLOCK_H=block_hidden,
-        ACC=acc,
-        num_warps=8,
-        enable_fp_fusion=FP_FUSION,
-    )
+class PairLossPlan:
+    """Both launches of a pass, and what it allocates."""
+
+    def __init__(self, rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool):
+        dtype, num_pairs, hidden_size = scores.accumulate_dtype(rows), rows.num_pairs, rows.hidden_size
+        shape = rows.launch_shape(centers=options.center_coef != 0)
+        per_pair, mean, acc = options.reduction == "none", options.reduction == "mean", triton_dtype(dtype)
+        num_gradients = hidden_size + 1 if head_gradient else 0
+        num_columns = cdiv(NUM_SUMS + num_gradients, 16) * 16  # each program's part is aligned, as the compiler is told
+        self.asked_for = num_pairs, hidden_size, options, stats, head_gradient
+        self.memory = {"dtype": dtype, "device": rows.chosen.device}
+        self.partials = shape.num_programs, num_columns
+        self.per_pair, self.takes_up = per_pair, mu.takes_up_distances
+        self.sizes = num_pairs, rows.chosen.shape[0], rows.sequence_length, hidden_size, num_columns
+        self.sums = shape.num_programs, num_pairs, num_gradients, num_columns
+        self.pass_over_pairs = Launch(
+            _pair_loss_kernel,
+            (shape.num_programs, 1, 1),
+            shape.num_warps,
+            LABEL_SMOOTHING=options.label_smoothing,
+            CENTER_COEF=options.center_coef,
+            EPS=options.eps,
+            MAX_WEIGHT=options.max_weight,
+            POWER=options.power,
+            MEAN=mean,
+            HEAD_GRADIENT=head_gradient,
+            LAYOUT=rows.layout,
+            ONE_BLOCK=shape.block_hidden >= hidden_size,
+            BLOCK_P=shape.block_rows,
+            BLOCK_H=shape.block_hidden,
+            ACC=acc,
+        )
+        self.finalise = None
+        if stats or head_gradient or self.takes_up or not per_pair:
+            self.finalise = Launch(
+                _finalise_kernel,
+                (cdiv(max(num_gradients, 1), FINALISED_COLUMNS), 1, 1),
+                8,
+                BETA=mu.ema.beta if self.takes_up else None,
+                MEAN=mean,
+                BLOCK_K=512 // dtype.itemsize,
+                BLOCK_H=FINALISED_COLUMNS,
+                ACC=acc,
+            )
+
+    def run(self, rows: RowPairs, scores: Scores, mu: Mu, inputs: tuple[Tensor | None, ...]) -> LossResult:
+        result = LossResult.allocate(*self.asked_for, **self.memory)
+        partials = torch.empty(self.partials, **self.memory)
+        tensors = (*inputs, *result, partials)
+        ema = mu.ema
+        self.pass_over_pairs(
+            tensors,
+            RowArguments.of(rows),
+            ScoreArguments(*[NO_VECTOR if tensor is None else Vector.of(tensor) for tensor in scores]),
+            mu.tensor if ema is None else ema.mu,
+            None if ema is None else ema.num_updates,
+            None if ema is None else mu.tensor,
+            mu.value or 0.0,
+            result.loss if self.per_pair else None,
+            result.gradient,
+            result.pair_stats,
+            partials,
+            *self.sizes,
+        )
+        if self.finalise is not None:
+            self.finalise(
+                tensors,
+                partials,
+                None if self.per_pair else result.loss,
+                result.batch_stats,
+                result.head_gradient,
+                ema[:3] if self.takes_up else None,
+                *self.sums,
+            )
+        return result
+
+
+_plans: Plans[PairLossPlan] = Plans()
+
+
+def _launch_pair_loss(
+    rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool
+) -> LossResult:
+    """The pass by the kernels, of P >= 1 pairs."""
+    ema = mu.ema or NO_EMA
+    inputs = (rows.chosen, rows.rejected, rows.pairs, rows.last_token, *scores, mu.tensor, *ema[:3])
+    kind = rows.chosen.device, rows.layout, options, stats, head_gradient, ema.beta, kinds(inputs)
+    plan = _plans.find(kind, PairLossPlan, rows, scores, mu, options, stats, head_gradient)
+    return run_on(rows.chosen.device, plan.run, rows, scores, mu, inputs)
 
 
 def run_pair_loss(
@@ -401,15 +434,16 @@ def run_pair_loss(
 ) -> LossResult:
     """The pass, by the implementation that serves the device of the rows."""
     rows.check_range()
-    if rows.num_pairs > 0 and not uses_kernels(rows.chosen.device):
-        few = are_few(rows.num_pairs, rows.hidden_size, rows.chosen.device)
-        return (compute_few_pairs if few else compute_pair_loss)(rows, scores, mu, options, stats, head_gradient)
-    result = LossResult.allocate(rows, scores.accumulate_dtype(rows), options, head_gradient, stats)
-    if rows.num_pairs == 0:
+    device, num_pairs, hidden_size = rows.chosen.device, rows.num_pairs, rows.hidden_size
+    if num_pairs == 0:
+        memory = {"dtype": scores.accumulate_dtype(rows), "device": device}
+        result = LossResult.allocate(0, hidden_size, options, stats, head_gradient, **memory)
         for tensor in result:
             if tensor is not None:
                 tensor.zero_()
+        return result
+    if uses_kernels(device):
+        run = _launch_pair_loss
     else:
-        with on_device(rows.chosen.device):
-            _launch_pair_loss(rows, scores, mu, options, result)
-    return result
+        run = compute_few_pairs if are_few(num_pairs, hidden_size, device) else compute_pair_loss
+    return run(rows, scores, mu, options, stats, head_gradient)

@@ -131,8 +131,12 @@ class Vector(NamedTuple):
     stride: int
 
     @classmethod
-    def of(cls, tensor: Tensor | None) -> "Vector":
-        return cls(None, 0) if tensor is None else cls(tensor, tensor.stride(-1) if tensor.dim() else 0)
+    def of(cls, tensor: Tensor) -> "Vector":
+        strides = tensor.stride()
+        return cls(tensor, strides[-1] if strides else 0)
+
+
+NO_VECTOR = Vector(None, 0)
 
 
 class SideArguments(NamedTuple):
@@ -143,8 +147,8 @@ class SideArguments(NamedTuple):
 
     @classmethod
     def of(cls, hidden: Tensor) -> "SideArguments":
-        sequence_stride = hidden.stride(1) if hidden.dim() == 3 else 0
-        return cls(hidden, hidden.stride(0), sequence_stride, hidden.stride(-1))
+        strides = hidden.stride()
+        return cls(hidden, strides[0], strides[1] if len(strides) == 3 else 0, strides[-1])
 
 
 class RowArguments(NamedTuple):
@@ -160,7 +164,7 @@ class RowArguments(NamedTuple):
         return cls(
             SideArguments.of(rows.chosen),
             SideArguments.of(rows.rejected),
-            Vector.of(rows.last_token),
+            NO_VECTOR if rows.last_token is None else Vector.of(rows.last_token),
             rows.pairs,
             *((0, 0) if rows.pairs is None else rows.pairs.stride()),
         )

@@ -1,6 +1,6 @@
 """What goes into the loss of P pairs, and what comes out: the terms that the kernels and the closed form share."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,16 +77,13 @@ class LossResult(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, rows: RowPairs, dtype: torch.dtype, options: LossOptions, head_gradient: bool, stats: bool
+        cls, num_pairs: int, hidden_size: int, options: LossOptions, stats: bool, head_gradient: bool, **memory: Any
     ) -> "LossResult":
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=rows.chosen.device)
-
-        num_pairs = rows.num_pairs
+        """Memory for it, of the dtype and on the device that `memory` names."""
         return cls(
-            empty(num_pairs) if options.reduction == "none" else empty(),
-            empty(2, num_pairs),
-            empty(rows.hidden_size + 1) if head_gradient else None,
-            empty(4, num_pairs) if stats else None,
-            empty(3) if stats else None,
+            torch.empty((num_pairs,) if options.reduction == "none" else (), **memory),
+            torch.empty((2, num_pairs), **memory),
+            torch.empty(hidden_size + 1, **memory) if head_gradient else None,
+            torch.empty((4, num_pairs), **memory) if stats else None,
+            torch.empty(3, **memory) if stats else None,
         )

@@ -1,18 +1,38 @@
 """What the host does for a call: eager calls go past the dispatcher, watched ones do not, and sizes that change compile
 nothing anew."""
 
+import random
 from collections import Counter
-from types import SimpleNamespace
+from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
-from cases import BACKEND, CASES, DEVICE, OURS, assert_same_bits, leaves, linear_case, ours
+from cases import (
+    BACKEND,
+    CASES,
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    OURS,
+    VECTOR_KINDS,
+    assert_same_bits,
+    leaves,
+    linear_case,
+    ours,
+    reward_case,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normbt_kernels.ops import autograd
+from normbt_kernels import LinearNormBTLoss, NormBTLoss, pair_distance
+from normbt_kernels.checks import linear_inputs, loss_options
+from normbt_kernels.ops import autograd, ema, linear_gradient, pair_loss
+from normbt_kernels.ops import pair_distance as distances
 from normbt_kernels.ops.launch import LaunchShape
+from normbt_kernels.ops.launcher import MAX_PLANS, Launch, Plans
+from normbt_kernels.ops.terms import Mu
 
 # --- the dispatcher ----------------------------------------------------------------------------------------------
 
@@ -94,6 +114,23 @@ def test_both_ways_give_the_same_bits():
 # --- compilations ------------------------------------------------------------------------------------------------
 
 
+class Compiled:
+    """What Triton has compiled, where there is nothing to launch it on."""
+
+    function = packed_metadata = None
+    launched = None  # what was launched last: kernel, grid, and all arguments
+
+    def launch_metadata(self, *_):
+        pass
+
+    def run(self, *arguments):
+        grid, arguments = arguments[:3], arguments[9:]  # the driver's own between them
+        Compiled.launched = self, grid, arguments
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.run(*grid, *range(6), *arguments)
+
+
 @pytest.fixture
 def compilations(monkeypatch):
     """Counts what Triton would compile on a GPU: its cache and keys are real, the compiler and the launch are not."""
@@ -105,22 +142,24 @@ def compilations(monkeypatch):
     from bench.host import launches_that_do_nothing
 
     counted = Counter()
-    kernel = SimpleNamespace(run=lambda *_: None, launch_metadata=lambda *_: None, function=None, packed_metadata=None)
 
     def compile_nothing(self, key, signature, device, *_):
         counted[self.__name__] += 1
-        self.device_caches[device][0][key] = kernel
+        kernel = self.device_caches[device][0][key] = Compiled()
         return kernel
 
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
     with launches_that_do_nothing():
-        from normbt_kernels.ops import ema, linear_gradient, pair_distance, pair_loss
-
-        for module in (ema, linear_gradient, pair_distance, pair_loss):
+        for module in (ema, linear_gradient, distances, pair_loss):
+            monkeypatch.setattr(module, "_plans", Plans())
             for value in vars(module).values():
                 if isinstance(value, JITFunction):
                     value.device_caches.clear()
         yield counted
+        for module in (ema, linear_gradient, distances, pair_loss):
+            for value in vars(module).values():
+                if isinstance(value, JITFunction):
+                    value.device_caches.clear()
 
 
 def step(num_pairs, hidden_size=64, dtype=torch.float32, hidden=None, **arguments):
@@ -177,3 +216,117 @@ def test_another_kind_of_input_gets_a_kernel_of_its_own(change, compilations):
     assert compilations["_pair_loss_kernel"] == before
     CHANGES[change]()
     assert compilations["_pair_loss_kernel"] == before + 1
+
+
+# --- launches past Triton's binder -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repeated_launches(compilations, monkeypatch):
+    """How often each kernel was launched past the binder, each time as the binder would have launched it."""
+    launch, repeated = Launch.__call__, Counter()
+
+    def launch_and_ask_the_binder(self, tensors, *arguments):
+        compiled = compilations.total()
+        launch(self, tensors, *arguments)
+        launched = Compiled.launched
+        repeated[self._kernel.__name__] += compilations.total() == compiled
+        self._kernel[self._grid](*arguments, **self._constants, num_warps=self._num_warps, enable_fp_fusion=True)
+        assert launched == Compiled.launched
+
+    monkeypatch.setattr(Launch, "__call__", launch_and_ask_the_binder)
+    return repeated
+
+
+def random_case(rng):
+    """Any sizes, dtypes, strides, addresses and options that a kernel may be compiled for."""
+    form = rng.choice(sorted(CASES))
+    vectors = {name: rng.choice(VECTOR_KINDS) for name in ("margin", "pair_weight")}
+    sizes = rng.choice([1, 2, 16, 200]), rng.choice([1, 16, 63, 64])
+    options = {
+        "reduction": rng.choice(["mean", "none"]),
+        "center_coef": rng.choice([0.0, 0.1]),
+        "mu": rng.choice([1.5, "tensor", None]),
+        "stride": rng.choice(["contiguous", "every second column", "inside a larger tensor"]),
+    }
+    dtype, other_dtype = rng.choice(DTYPES), rng.choice(DTYPES)
+    if form == "reward":
+        return reward_case(*sizes, dtype, reward_dtype=other_dtype, column=rng.random() < 0.5, **vectors, **options)
+    return linear_case(
+        *sizes, dtype, head_dtype=other_dtype, layout=rng.choice(LAYOUTS), pooled=rng.random() < 0.3,
+        bias=rng.random() < 0.5, **vectors, **options,
+    )  # fmt: skip
+
+
+def moved(case, rng):
+    """The same case, some of its tensors one element further on in memory."""
+
+    def move(value):
+        if not isinstance(value, torch.Tensor) or rng.random() < 0.7:
+            return value
+        span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+        storage = torch.zeros(span + 1, dtype=value.dtype)
+        return storage.as_strided(value.shape, value.stride(), 1).copy_(value)
+
+    inputs = {name: move(value) for name, value in case.inputs.items()}
+    return replace(case, inputs=inputs, arguments={name: move(value) for name, value in case.arguments.items()})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_repeated_launch_takes_the_kernel_that_triton_would(seed, repeated_launches):
+    rng = random.Random(seed)
+    modules = {"linear": LinearNormBTLoss(), "reward": NormBTLoss()}
+    for _ in range(25):
+        case = random_case(rng)
+        for _ in range(3):
+            shifted_case = moved(case, rng)
+            ours(shifted_case)
+            inputs = leaves(shifted_case)
+            arguments = {name: shifted_case.arguments[name] for name in ("margin", "pair_weight")}
+            if case.form == "linear":
+                arguments |= {name: shifted_case.arguments[name] for name in ("pairs", "last_token")}
+                pair_distance(inputs["hidden"], arguments["pairs"], arguments["last_token"])
+            else:
+                arguments |= {name: shifted_case.arguments[name] for name in ("chosen_hidden", "rejected_hidden")}
+            modules[case.form](**inputs, **arguments).backward()
+    assert set(repeated_launches) >= {
+        "_pair_loss_kernel", "_finalise_kernel", "_write_gradient_kernel", "_measure_distance_kernel",
+        "_sum_pairs_of_rows_kernel", "_sum_head_gradient_kernel",
+    }  # fmt: skip
+    assert min(repeated_launches.values()) > 0
+
+
+class OnGPU(torch.Tensor):
+    """Says that it lies on a GPU."""
+
+    index = 0
+    device = property(lambda self: torch.device("cuda", self.index))
+
+
+def test_each_device_has_plans_of_its_own(monkeypatch):
+    kinds = []
+
+    class Found(Exception):
+        pass
+
+    def find(kind, *_):
+        kinds.append(kind)
+        raise Found
+
+    monkeypatch.setattr(pair_loss._plans, "find", find)
+    options = loss_options(0.0, 0.0, 1e-6, 100.0, 1.0, "mean")
+    for index in (0, 1, 1):
+        hidden, weight = torch.randn(4, 8).as_subclass(OnGPU), torch.randn(8).as_subclass(OnGPU)
+        hidden.index = weight.index = index
+        rows, scores = linear_inputs(hidden, weight, None, "halves", None, None, None)
+        with pytest.raises(Found):
+            pair_loss._launch_pair_loss(rows, scores, Mu(value=1.5), options, False, True)
+    assert kinds[0] != kinds[1] == kinds[2]
+
+
+def test_plans_of_kinds_that_keep_changing_are_dropped():
+    made, plans = count(), Plans()
+    for kind in range(3 * MAX_PLANS):
+        plans.find(kind, next, made)
+        assert plans.find(kind, next, made) == kind
+    assert len(plans._plans) <= MAX_PLANS
