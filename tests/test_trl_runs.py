@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, Trainer
 from trl import RewardTrainer
 
 from normbt_kernels.integrations.trl import METRICS, NormBTRewardMixin, NormBTRewardTrainer
-from normbt_kernels.ops import few_pairs
+from normbt_kernels.ops import closed_form, pair_loss
 from tests.processes import run_ranks
 from tests.tiny_pairs import make_tokenizer
 from tests.tiny_trl import (
@@ -274,7 +274,7 @@ class WithoutMetrics(RewardTrainer):
 
 
 def test_host_reads_once_per_log_and_never_in_a_step(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(few_pairs, "MAX_ELEMENTS", 0)  # numpy's pass reads mu; it is there for the CPU alone
+    monkeypatch.setattr(pair_loss, "compute_on_cpu", closed_form.compute_pair_loss)
     reads = {}
     for cls in (WithoutMetrics, NormBTRewardTrainer, RewardTrainer):
         trainer = make_trainer(

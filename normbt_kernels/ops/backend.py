@@ -2,7 +2,7 @@
 
 "triton"              the kernels, compiled: CUDA and ROCm devices, where Triton is installed
 "triton-interpreter"  the kernels, interpreted: any device, with TRITON_INTERPRET=1 set before import
-"torch"               the closed form, in PyTorch operators or, of few pairs on the CPU, in numpy: every other device
+"torch"               without kernels: numpy on the CPU, the closed form in PyTorch operators on every other device
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import num_multiprocessors, run_on, triton_dtype, uses_kernels
-from normbt_kernels.ops.few_pairs import are_few, compute_few_gradients
 from normbt_kernels.ops.launch import LaunchShape, cdiv
 from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, refuse_gradients, with_empty_tables
+from normbt_kernels.ops.on_cpu import are_few, compute_few_gradients
 from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
 from normbt_kernels.ops.pairs import NO_VECTOR, RowArguments, RowPairs, Vector, cast, load_each
 

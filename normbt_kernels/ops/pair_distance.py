@@ -11,6 +11,7 @@ from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import run_on, triton_dtype, uses_kernels
 from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, is_watched, without_gradients
+from normbt_kernels.ops.on_cpu import distances_on_cpu
 from normbt_kernels.ops.pairs import RowArguments, RowPairs, accumulate_dtype, load_tile, locate_pairs
 
 # Columns at a time: without a head there is nothing for which a row should stay in registers whole.
@@ -71,18 +72,15 @@ def _pair_distance(
 ) -> Tensor:
     rows = RowPairs(chosen, rejected, pairs, last_token, layout)
     rows.check_range()
-    distance = chosen.new_empty(rows.num_pairs, dtype=dtype)
-    if rows.num_pairs == 0:
+    if rows.num_pairs == 0 or uses_kernels(chosen.device):
+        distance = chosen.new_empty(rows.num_pairs, dtype=dtype)
+        if rows.num_pairs > 0:
+            _launch_measure_distance(rows, distance)
         return distance
-    if uses_kernels(chosen.device):
-        _launch_measure_distance(rows, distance)
-        return distance
-    for pairs, block in rows.blocks():
-        chosen_rows, rejected_rows = block.gather(dtype)
-        distance[slice(None) if pairs is None else pairs] = torch.linalg.vector_norm(
-            chosen_rows - rejected_rows, dim=-1
-        )
-    return distance
+    if chosen.device.type == "cpu":
+        return distances_on_cpu(rows, dtype)
+    chosen_rows, rejected_rows = rows.gather(dtype)
+    return torch.linalg.vector_norm(chosen_rows - rejected_rows, dim=-1)
 
 
 _pair_distance_op = define_op(

@@ -24,9 +24,9 @@ from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import run_on, triton_dtype, uses_kernels
 from normbt_kernels.ops.closed_form import compute_pair_loss
 from normbt_kernels.ops.ema import EMA, add_to_pending, move_mu
-from normbt_kernels.ops.few_pairs import are_few, compute_few_pairs
 from normbt_kernels.ops.launch import cdiv
 from normbt_kernels.ops.launcher import Launch, Plans, kinds
+from normbt_kernels.ops.on_cpu import compute_on_cpu
 from normbt_kernels.ops.pairs import (
     NO_VECTOR,
     RowArguments,
@@ -442,8 +442,7 @@ def run_pair_loss(
             if tensor is not None:
                 tensor.zero_()
         return result
+    run = compute_on_cpu if device.type == "cpu" else compute_pair_loss
     if uses_kernels(device):
         run = _launch_pair_loss
-    else:
-        run = compute_few_pairs if are_few(num_pairs, hidden_size, device) else compute_pair_loss
     return run(rows, scores, mu, options, stats, head_gradient)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from normbt_kernels import linear_normbt_loss, normbt_loss
-from normbt_kernels.ops import few_pairs, pairs
+from normbt_kernels.ops import closed_form, on_cpu, pair_loss, pairs
 from normbt_kernels.ops._triton import INTERPRETED
 from normbt_kernels.ops.backend import backend_name
 from reference import normbt as reference
@@ -282,13 +282,23 @@ def assert_same_bits(left: Any, right: Any) -> None:
 
 
 @contextmanager
-def as_for_many_pairs() -> Iterator[None]:
+def in_blocks() -> Iterator[None]:
     """The CPU's arithmetic for pairs that do not fit into a cache, which here holds 64 elements of each side."""
-    with patch.object(few_pairs, "MAX_ELEMENTS", 0), patch.object(pairs, "CACHE_ELEMENTS", 64):
+    with patch.object(on_cpu, "CACHE_ELEMENTS", 64), patch.object(pairs, "CACHE_ELEMENTS", 64):
         yield
 
 
-IMPLEMENTATIONS = (nullcontext, as_for_many_pairs) if BACKEND == "torch" else (nullcontext,)
+@contextmanager
+def as_on_another_device() -> Iterator[None]:
+    """The closed form in PyTorch operators."""
+    with (
+        patch.object(pair_loss, "compute_on_cpu", closed_form.compute_pair_loss),
+        patch.object(on_cpu, "CACHE_ELEMENTS", 0),
+    ):
+        yield
+
+
+IMPLEMENTATIONS = (in_blocks, as_on_another_device) if BACKEND == "torch" else (nullcontext,)
 
 
 def assert_as_reference(case: Case, upstream: Tensor | None = None) -> None:

@@ -84,8 +84,9 @@ def test_kernels_are_launched_on_the_device_of_the_tensors(current, monkeypatch)
     entered = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
-    with backend.on_device(SimpleNamespace(type="cuda", index=1)):
-        assert [device.index for device in entered] == ([] if current == 1 else [1])
-    with backend.on_device(torch.device("cpu")):
-        pass
-    assert len(entered) == (current != 1)
+
+    def launch():
+        return [device.index for device in entered]
+
+    assert backend.run_on(SimpleNamespace(type="cuda", index=1), launch) == ([] if current == 1 else [1])
+    assert backend.run_on(torch.device("cpu"), launch) == ([] if current == 1 else [1])

@@ -262,7 +262,10 @@ def test_compiled_module_keeps_the_same_mean(form, backend, compiled):
         case = CASES[form](num_pairs, 8, torch.float32, mu=None)
         del case.arguments["mu"]
         eager, traced = (results(function, case) for function in functions)
-        assert_same_bits(traced, eager)
+        if step == 0 and backend == "inductor":  # the first mean, which weighs this batch, is a sum in Inductor's order
+            torch.testing.assert_close(traced, eager)
+        else:
+            assert_same_bits(traced, eager)
         assert_same_bits(*(dict(module.state_dict()) for module in modules))
     assert modules[1].num_updates == 3
 
