@@ -20,7 +20,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
-    ["torch.distributed.fsdp", "transformers.trainer", "datasets", "peft", "trl.trainer.reward_trainer"]
+    [
+        "torch.distributed.fsdp",
+        "transformers.trainer",
+        "datasets",
+        "peft",
+        "trl.trainer.reward_trainer",
+        "matplotlib.pyplot",
+    ]
 )
 
 

@@ -1,13 +1,12 @@
 """A build for the Hugging Face `kernels` package, loaded by that package from a local folder, without this one."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from bench.hub_kernel import build
+from tests.processes import Command
 
 pytest.importorskip("kernels")
 
@@ -53,22 +52,20 @@ assert not hasattr(torch.ops.normbt, "pair_loss")
 @pytest.mark.slow
 def test_kernels_package_loads_the_build_and_its_loss_is_eager_normbt(tmp_path):
     build(tmp_path / "hub")
-    command = [sys.executable, "-c", USES_THE_KERNEL, str(tmp_path / "hub")]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    (tmp_path / "uses_the_kernel.py").write_text(USES_THE_KERNEL)
+    command = Command("uses_the_kernel", tmp_path / "hub", cwd=tmp_path)
+    assert command.wait() == 0, command.errors
 
 
 @pytest.mark.slow
 def test_the_page_runs_without_this_package(tmp_path):
     page = (Path(__file__).resolve().parents[1] / "docs" / "hub-kernel.md").read_text()
-    (command,) = re.findall(r"^python -m bench\.hub_kernel (.+)$", page, flags=re.MULTILINE)
+    (folder,) = re.findall(r"^python -m bench\.hub_kernel (.+)$", page, flags=re.MULTILINE)
     (block,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
-    build(tmp_path / command)
-    hidden_package = 'import sys\nsys.modules["normbt_kernels"] = None\n'
-    process = subprocess.run(
-        [sys.executable, "-c", hidden_package + block], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+    build(tmp_path / folder)
+    (tmp_path / "page.py").write_text('import sys\nsys.modules["normbt_kernels"] = None\n' + block)
+    command = Command("page", cwd=tmp_path)
+    assert command.wait() == 0, command.errors
 
 
 def test_a_folder_that_holds_builds_is_not_overwritten(tmp_path):

@@ -453,14 +453,10 @@ def test_help_names_every_option_and_imports_no_transformers(tmp_path):
 
 
 @pytest.mark.slow
-def test_missing_transformers_names_the_extra(tmp_path):
-    script = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "from normbt_kernels.commands.cli import main; sys.exit(main(['train']))"
-    )
-    process = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 2
-    assert "pip install 'normbt-kernels[train]'" in process.stderr
+def test_missing_transformers_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run_cli("train") == 2
+    assert "pip install 'normbt-kernels[train]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

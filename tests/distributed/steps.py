@@ -25,7 +25,7 @@ from normbt_kernels.integrations.trl import NormBTRewardTrainer
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 
-STEPS, PAIRS = 5, 64  # pairs of a step, of all its micro-batches and ranks
+STEPS, PAIRS = 3, 64  # pairs of a step, of all its micro-batches and ranks
 LEARNING_RATE, MU = 0.02, 3.0
 ROWS = make_rows(STEPS * PAIRS)
 ARGUMENTS = {

@@ -30,7 +30,7 @@ search = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=100 if BACKEND == "torch" else 30,  # an interpreted example takes some 80 ms, a closed-form one 10
+    max_examples=50 if BACKEND == "torch" else 30,  # of each dtype
     phases=[Phase.generate],  # examples are small as they are, and shrinking would take minutes
 )
 
@@ -166,7 +166,7 @@ def test_every_block_boundary_is_crossed_in_the_reward_form(num_pairs, hidden_si
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_longest_rows(dtype):
     # 4 blocks of bf16, 8 of fp32
-    assert_as_reference(linear_case(2, 32768, dtype))
+    assert_as_reference(linear_case(1, 32768, dtype))
 
 
 def test_sizes_cross_blocks():

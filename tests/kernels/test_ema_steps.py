@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, modules
+from tests.processes import FORKED
 
 MU = 3.0
 
@@ -301,7 +302,7 @@ def test_ranks_read_the_mu_of_all_steps_whoever_reads_it_and_move_it_once(tmp_pa
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(rank_main, (port, str(tmp_path)), nprocs=2)
+    mp.start_processes(rank_main, (port, str(tmp_path)), nprocs=2, start_method=FORKED.get_start_method())
     expected = [MU]
     for step in range(3):
         batches = [rows(1 + rank, 10 * step + 2 * part + rank) for part in range(2) for rank in range(2)]
