@@ -452,7 +452,6 @@ def test_help_names_every_option_and_imports_no_transformers(tmp_path):
         assert option in process.stdout
 
 
-@pytest.mark.slow
 def test_missing_transformers_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert run_cli("train") == 2
