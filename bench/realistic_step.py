@@ -7,13 +7,14 @@
     padding-free   NormBTTrainer(padding_free=True)
     both           NormBTTrainer(late_pooling=True, padding_free=True)
 
-All train a Llama with the same weights on the same pairs of random tokens. They take turns batch by batch, in a new
-order each time. Lengths are log-normal: the median and the deviation of the logarithm are options, chosen and rejected
-share half of the variance (they answer one prompt), and lengths are cut to 4 tokens and to 16 times the median.
-`--log-deviation 0` makes them equal. They may also come from a file of pairs. A step is the trainer's training_step
-(forward, loss, backward) and AdamW; collating, which workers do, is not timed. The figure of a contender is its time
-over all batches over that of TRL, with a bootstrap interval over batches. Peak memory is what the step with the most
-tokens holds above what it leaves: the activations and what is made from them.
+All train one Llama on the same pairs of random tokens: its weights, gradients and optimizer are shared, so that where
+they lie in memory favours nobody. They take turns batch by batch, in a new order each time. Lengths are log-normal: the
+median and the deviation of the logarithm are options, chosen and rejected share half of the variance (they answer one
+prompt), and lengths are cut to 4 tokens and to 16 times the median. `--log-deviation 0` makes them equal. They may also
+come from a file of pairs. A step is the trainer's training_step (forward, loss, backward) and AdamW; collating, which
+workers do, is not timed. The figure of a contender is its time over all batches over that of TRL, with a bootstrap
+interval over batches. Peak memory is what the step with the most tokens holds above what it leaves: the activations and
+what is made from them.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def run(options: argparse.Namespace) -> int:
     pairs = make_pairs(settings, options)
     batches = {name: batch_up(pairs, settings["num_pairs"], grouped=name == "trl-grouped") for name in LABELS}
     with tempfile.TemporaryDirectory() as folder:
-        contenders = {name: Contender(name, settings, folder, options.device) for name in LABELS}
+        shared = Shared(settings, options.device)
+        contenders = {name: Contender(name, shared, folder) for name in LABELS}
         rows = measure(contenders, batches)
     print_table(
         ["step", "s per step", "ms per token", "padding %", "peak MB", "of TRL's", "from", "to (95%)", "of its peak"],
@@ -144,11 +146,29 @@ def batch_up(pairs: Sequence[Row], size: int, grouped: bool) -> list[Sequence[Ro
 # --- the contenders ------------------------------------------------------------------------------------------------
 
 
-class Contender:
-    """A trainer with its own copy of the model, and its optimizer."""
+class Shared:
+    """The weights that all contenders train, and their optimizer."""
 
-    def __init__(self, name: str, settings: dict[str, Any], folder: str, device: torch.device):
-        model = build_model(settings).to(device, DTYPES[settings["dtype"]])
+    def __init__(self, settings: dict[str, Any], device: torch.device):
+        self.settings, self.device = settings, device
+        self.parameters = dict(self._build().named_parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-6)
+
+    def _build(self):
+        return build_model(self.settings).to(self.device, DTYPES[self.settings["dtype"]])
+
+    def model(self):
+        """A model of its own, whose hooks are nobody else's, with these weights."""
+        model = self._build()
+        model.load_state_dict(self.parameters, assign=True)
+        return model
+
+
+class Contender:
+    """A trainer of the shared weights."""
+
+    def __init__(self, name: str, shared: Shared, folder: str):
+        model, device = shared.model(), shared.device
         arguments = {
             "output_dir": folder,
             "use_cpu": device.type == "cpu",
@@ -172,8 +192,7 @@ class Contender:
             some = Dataset.from_list([{"chosen_ids": [2, 3], "rejected_ids": [4]}])
             self.trainer = RewardTrainer(model, args, processing_class=tokenizer, train_dataset=some)
         self.trainer.current_gradient_accumulation_steps = 1
-        self.device, self.model = device, model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        self.device, self.model, self.optimizer = device, model, shared.optimizer
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         return self.trainer.data_collator(list(rows))

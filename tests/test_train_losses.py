@@ -89,5 +89,5 @@ def test_any_list_of_losses_is_one_comparison(tmp_path, monkeypatch, capsys):
     assert list(results["losses"]) == losses
     assert all(list(group["accuracy"]) == losses for group in results["groups"])
     printed = capsys.readouterr().out
-    for label in ("BT margin-out", "NormBT margin", "NormBT smoothing"):
+    for label in ("BT with margin outside", "NormBT with margin", "NormBT with label smoothing"):
         assert label in printed

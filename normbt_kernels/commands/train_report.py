@@ -17,13 +17,13 @@ from normbt_kernels.results import aligned, write_results
 RESULTS_NAME = "results.json"
 LABELS = {
     "bt": "BT",
-    "bt-margin": "BT margin",
-    "bt-margin-out": "BT margin-out",
-    "bt-smoothing": "BT smoothing",
+    "bt-margin": "BT with margin",
+    "bt-margin-out": "BT with margin outside",
+    "bt-smoothing": "BT with label smoothing",
     "normbt": "NormBT",
-    "normbt-margin": "NormBT margin",
-    "normbt-margin-out": "NormBT margin-out",
-    "normbt-smoothing": "NormBT smoothing",
+    "normbt-margin": "NormBT with margin",
+    "normbt-margin-out": "NormBT with margin outside",
+    "normbt-smoothing": "NormBT with label smoothing",
 }
 COLORS = {
     "bt": "#9a9a9a",
