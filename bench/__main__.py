@@ -17,7 +17,7 @@ SUBCOMMANDS = {
     "static": "launches and bytes as executed in the interpreter, and what the compiler made of the kernels",
     "tune": "which launch shapes this GPU would like: constants to propose for ops/launch.py",
     "quality": "held-out accuracy of reward models trained with each loss, over seeds (hours on a CPU)",
-    "pretrained": "the same on pretrained models and texts of people, from packages (half an hour on a CPU)",
+    "pretrained": "the same on pretrained models and texts of people, from packages (an hour on a CPU)",
     "bf16-margins": "pairs whose order is lost where rewards are rounded to bf16",
     "all": "all of these but tune, quality, pretrained and bf16-margins, into one folder",
 }

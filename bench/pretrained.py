@@ -132,48 +132,22 @@ class Experiment:
         names = [name_of(loss, advice and advice["recommended_power"]) for loss in losses]
         contenders = [name for name in names if name is not None]
         diagnosed = ("bt", learning_rates[0], seeds[0])
-        runs = {
-            run: self._kept("{}-lr{:g}-seed{}".format(*run), self.train, *run, run == diagnosed)
-            for run in ((contender, *rest) for rest in product(learning_rates, seeds) for contender in contenders)
-        }
-        if diagnosed in runs:
-            slopes |= {point: runs[diagnosed]["slopes"][point] for point in POINTS[1:]}
-
-        def predictions(contender: str, rate: float, seeds: Sequence[int]) -> list[dict[str, np.ndarray]]:
-            tests = [runs[contender, rate, seed]["test"] for seed in seeds]
-            return [{name: np.array(values) for name, values in test.items()} for test in tests]
-
-        def compared(rates: Mapping[str, float], seeds: Sequence[int]) -> dict[str, Any]:
-            return compare({contender: predictions(contender, rate, seeds) for contender, rate in rates.items()})
-
-        def choice() -> dict[str, Any]:
-            """What the second half of the seeds chooses, and how the first half does there."""
-            reported, choosing = seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
-            accuracy = {
-                contender: {
-                    rate: mean_interval([correct(of, "test").mean() for of in predictions(contender, rate, choosing)])
-                    for rate in learning_rates
-                }
-                for contender in contenders
-            }
-            rates = {contender: max(of, key=lambda rate, of=of: of[rate]["mean"]) for contender, of in accuracy.items()}
-            return {
-                "seeds": list(choosing),
-                "accuracy": {
-                    contender: {f"{rate:g}": value for rate, value in of.items()} for contender, of in accuracy.items()
-                },
-                "learning_rates": rates,
-                "seeds_reported": list(reported),
-                "groups": compared(rates, reported),
-            }
-
+        tests: Tests = {}
+        for rate, seed in product(learning_rates, seeds):
+            for contender in contenders:
+                run = (contender, rate, seed)
+                name = f"{contender}-lr{rate:g}-seed{seed}{'-slopes' if run == diagnosed else ''}"
+                kept = self._kept(name, self.train, *run, run == diagnosed)
+                tests[run] = {kind: np.array(values) for kind, values in kept["test"].items()}
+                slopes |= kept.get("slopes", {})
+        several = contenders and len(learning_rates) > 1 and len(seeds) > 1
         return {
             "model": self.model,
             "texts": self.texts,
             "steps": self.steps,
             "pairs_of_a_step": PAIRS_OF_A_STEP,
             "seeds": list(seeds),
-            "num_test_pairs": len(self._rows(load_pretrained(self.model)[0], self.test_pairs)),
+            "num_test_pairs": len(self.test_pairs),
             "num_gradients": self.num_gradients,
             "recommended": advice,
             "contenders": contenders,
@@ -182,10 +156,10 @@ class Experiment:
                 for point, slope in slopes.items()
             ],
             "learning_rates": {
-                f"{rate:g}": {"groups": compared(dict.fromkeys(contenders, rate), seeds)}
+                f"{rate:g}": {"groups": compared(tests, dict.fromkeys(contenders, rate), seeds)}
                 for rate in (learning_rates if contenders else ())
             },
-            "choice": choice() if contenders and len(learning_rates) > 1 and len(seeds) > 1 else None,
+            "choice": choice(tests, contenders, learning_rates, seeds) if several else None,
         }
 
     def _kept(self, name: str, make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -264,6 +238,38 @@ class Experiment:
                 model.load_state_dict(states[point])
                 result["slopes"][point] = self._diagnosed(model, tokenizer, test)
         return result
+
+
+Tests = dict[tuple[str, float, int], dict[str, np.ndarray]]  # by contender, learning rate and seed
+
+
+def compared(tests: Tests, rates: Mapping[str, float], seeds: Sequence[int]) -> dict[str, Any]:
+    """Each contender at its rate, by group of pairs, as `compare` makes it."""
+    return compare({contender: [tests[contender, rate, seed] for seed in seeds] for contender, rate in rates.items()})
+
+
+def choice(
+    tests: Tests, contenders: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """The learning rate of each contender that the second half of the seeds chooses, and the first half at these."""
+    reported, choosing = seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
+
+    def accuracy(contender: str, rate: float) -> dict[str, Any]:
+        return mean_interval([float(correct(tests[contender, rate, seed], "test").mean()) for seed in choosing])
+
+    chosen = {
+        contender: max(learning_rates, key=lambda rate, contender=contender: accuracy(contender, rate)["mean"])
+        for contender in contenders
+    }
+    return {
+        "seeds": list(choosing),
+        "accuracy": {
+            contender: {f"{rate:g}": accuracy(contender, rate) for rate in learning_rates} for contender in contenders
+        },
+        "learning_rates": chosen,
+        "seeds_reported": list(reported),
+        "groups": compared(tests, chosen, reported),
+    }
 
 
 def name_of(loss: str, recommended: float | None) -> str | None:

@@ -126,12 +126,12 @@ def test_it_reports_what_its_runs_kept(measured):
     folder = measured(*command)
     results, kept = json.loads((folder / "pretrained.json").read_text()), kept_in(folder)
     for contender in results["contenders"]:
-        test = kept[f"{contender}-lr0.001-seed0"]["test"]
+        test = kept[f"{contender}-lr0.001-seed0{'-slopes' if contender == 'bt' else ''}"]["test"]
         accuracy = np.mean(np.array(test["test_chosen"]) > np.array(test["test_rejected"]))
         assert results["learning_rates"]["0.001"]["groups"]["all"]["accuracy"][contender]["mean"] == accuracy
     slopes = {row["point"]: row["slope"] for row in results["slopes"]}
     assert slopes == {"start": kept["start"]["slope"]} | {
-        point: of["slope"] for point, of in kept["bt-lr0.001-seed0"]["slopes"].items()
+        point: of["slope"] for point, of in kept["bt-lr0.001-seed0-slopes"]["slopes"].items()
     }
     assert slopes["end"] != slopes["middle"] != slopes["start"]
     assert results["choice"] is None
@@ -144,7 +144,7 @@ def test_it_reports_what_its_runs_kept(measured):
 def test_seeds_that_choose_a_learning_rate_are_not_reported_at_it(measured):
     rates = (1e-3, 1e-5)
     folder = measured("--loss", "bt", "normbt", "--seeds", 2, "--learning-rate", *rates)
-    kept = kept_in(folder)
+    kept = {name.removesuffix("-slopes"): run for name, run in kept_in(folder).items()}
 
     def accuracy(loss, rate, seed):
         test = kept[f"{loss}-lr{rate:g}-seed{seed}"]["test"]
