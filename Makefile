@@ -49,21 +49,23 @@ package: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# torch first and pinned: the version that the tests ran with, and pip then changes nothing about it.
 $(VENV)/bin/python:
 	@echo "Sets up $(VENV): PyTorch, the trainers and what they need; 2.5 GB on disk, or 5.5 GB where PyTorch comes with CUDA."
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# One call for everything, with torch pinned to the version that the tests ran with.
+INSTALL = $(BIN)/python -m pip install --quiet "$(TORCH)" --editable
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[train,plot]"
+	$(INSTALL) ".[train,plot]"
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
+	$(INSTALL) ".[dev]"
 	touch $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
-	touch $@
+# With all that the tests need, so that CI installs once.
+$(VENV)/.installed-docs: $(VENV)/bin/python pyproject.toml
+	$(INSTALL) ".[dev,docs]"
+	touch $(VENV)/.installed-dev $@

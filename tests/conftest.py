@@ -5,13 +5,18 @@ import logging
 
 import pytest
 
+# What is imported is no garbage, nor is most of what a test makes. Trainer collects garbage after each training, and
+# pytest at the end: without this, they would search all libraries and all earlier tests each time.
+gc.set_threshold(100_000, 50, 100)
 
-@pytest.fixture(scope="module", autouse=True)
-def _imports_are_no_garbage():
-    """Trainer collects garbage after each training: without this, it would search all imported libraries each time."""
+
+@pytest.fixture(autouse=True)
+def _nothing_before_a_test_is_its_garbage():
     gc.freeze()
-    yield
-    gc.unfreeze()
+
+
+def pytest_sessionfinish():
+    gc.freeze()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     [
+        "tests.conftest",  # for its settings of the garbage collector
         "torch.distributed.fsdp",
         "transformers.trainer",
         "datasets",

@@ -41,10 +41,15 @@ from tests.tiny_trl import (
 # --- the loss in the trainer ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(
-    ("name", "adapters"),
-    [(name, adapters) for name in CONFIGS for adapters in (FULL, LORA)] + [("llama", LORA_ON_HEAD)],
+    ("name", "adapters", "bf16"),
+    [
+        *((name, adapters, False) for name in CONFIGS for adapters in (FULL, LORA)),
+        ("llama", LORA_ON_HEAD, False),
+        *((name, FULL, True) for name in CONFIGS),
+        ("llama", LORA, True),
+        ("llama", LORA_ON_HEAD, True),
+    ],
 )
 def test_training_equals_eager_normbt_inside_the_same_trainer(name, adapters, bf16, tokenizer, tmp_path):
     """With margin, centering, gradient checkpointing, and an accumulation whose last step has one batch only."""
