@@ -64,10 +64,11 @@ class PairsInTrainer:
         read = _Reader(self.data_collator.tokenizer, name, left_out, self.truncate, self.vocabulary)
         if isinstance(dataset, torch.utils.data.IterableDataset) and not hasattr(dataset, "map"):
             return TokenStream(dataset, read)
-        if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "column_names")):
+        is_frame = hasattr(dataset, "iloc")  # which is indexed by its columns
+        if is_frame or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "column_names")):
             raise UserError(
-                f"{name} is a {type(dataset).__name__}: pass a list of rows, a torch data set, or a "
-                "datasets.Dataset or IterableDataset (whose from_generator takes a generator function)"
+                f"{name} is a {type(dataset).__name__}: pass a list of rows, a torch data set, or a datasets.Dataset "
+                "or IterableDataset (from_pandas takes a data frame, from_generator a generator function)"
             )
         if not hasattr(dataset, "__len__"):
             return _tokenized_stream(dataset, read)
