@@ -365,7 +365,7 @@ def test_options_that_would_change_nothing_are_refused(model, tokenizer, tmp_pat
         (datasets.DatasetDict(train=datasets.Dataset.from_list([TEXT]), test=datasets.Dataset.from_list([TEXT])),
          "train_dataset has the splits train, test: pass one of them"),
         ((row for row in [TEXT]), "train_dataset is a generator: pass a list of rows"),
-        (datasets.Dataset.from_list([TEXT]).to_pandas(), "train_dataset is a DataFrame: .* from_pandas takes"),
+        (datasets.Dataset.from_list([TEXT]).to_pandas(), "train_dataset is a DataFrame: .* .from_pandas takes"),
     ],
 )  # fmt: skip
 def test_what_is_no_data_set_is_refused(model, tokenizer, tmp_path, dataset, message):
