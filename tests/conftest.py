@@ -1,5 +1,6 @@
 """Fixtures for tests in several files."""
 
+import atexit
 import gc
 import logging
 
@@ -8,6 +9,7 @@ import pytest
 # What is imported is no garbage, nor is most of what a test makes. Trainer collects garbage after each training, and
 # pytest at the end: without this, they would search all libraries and all earlier tests each time.
 gc.set_threshold(100_000, 50, 100)
+atexit.register(gc.unfreeze)  # so that nothing is reported as leaked
 
 
 @pytest.fixture(autouse=True)
