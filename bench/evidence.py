@@ -164,17 +164,53 @@ def standard_library() -> str:
     return table(["pairs", "BT", "NormBT", "difference"], rows)
 
 
+PRETRAINED = {
+    "minilm": "MiniLM",
+    "smollm2": "SmolLM2-135M",
+    "ratings": "rated sentences",
+    "rules": "good and bad code",
+}
+TRAINED = ("minilm-ratings",)  # folders of results
+
+
+def pretrained_accuracy() -> str:
+    """MiniLM trained with each loss: at the learning rates that other seeds choose, and at every one."""
+    names = ("all", "closest third")
+    rows = []
+    for trained in (results(f"pretrained/{folder}/pretrained.json") for folder in TRAINED):
+        shown = []
+        if choice := trained["choice"]:
+            shown.append((", chosen", choice["seeds_reported"], choice["learning_rates"], choice["groups"]))
+        for rate, of in trained["learning_rates"].items():
+            shown.append(("", trained["seeds"], dict.fromkeys(trained["contenders"], float(rate)), of["groups"]))
+        for chosen, seeds, rates, groups in shown:
+            where, accuracy = (PRETRAINED[trained["texts"]], f"{seeds[0]} to {seeds[-1]}"), groups["all"]["accuracy"]
+            bt = f"{rates['bt']:g}{chosen}"
+            rows.append([*where, bt, LOSSES["bt"], plus_minus(accuracy["bt"]), *[""] * len(names)])
+            for row in groups["all"]["difference"]:
+                loss, baseline = row["loss"], row["baseline"]
+                compared = f"{name_of(loss)} less {name_of(baseline)}"
+                differences = (interval(difference(groups[name], loss, baseline)) for name in names)
+                rows.append([*where, f"{rates[loss]:g}{chosen}", compared, plus_minus(accuracy[loss]), *differences])
+    header = ["texts", "seeds", "learning rate", "loss", "accuracy", *(f"difference, {name}" for name in names)]
+    return table(header, rows)
+
+
 def pretrained_slopes() -> str:
     """How the backbone's gradient grows with the distance in real models: fresh, and while MiniLM trains with BT."""
-    names = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M", "ratings": "rated sentences", "rules": "good and bad code"}
     points = {"start": "new head", "middle": "middle of training", "end": "end of training"}
+    diagnosed = [
+        *results("pretrained/minilm-ratings/pretrained.json")["slopes"],
+        *results("pretrained/smollm2-ratings/pretrained.json")["slopes"],
+        *(row for row in results("pretrained/pretrained.json")["slopes"] if row["task"] == "rules"),
+    ]
     rows = []
-    for row in results("pretrained/pretrained.json")["slopes"]:
+    for row in diagnosed:
         slope = row["slope"]
         found = f"{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
         quarters = ", ".join(f"{of['slope']:.2f}" for of in row["slopes_by_error_quartile"])
         power = "none" if row["recommended_power"] is None else f"{row['recommended_power']:g}"
-        where = (names[row["model"]], names[row["task"]], points[row["point"]])
+        where = (PRETRAINED[row["model"]], PRETRAINED[row["task"]], points[row["point"]])
         rows.append([*where, f"{row['accuracy']:.2f}", found, quarters, power])
     return table(["model", "texts", "", "accuracy", "slope", "by quarter of error", "recommended power"], rows)
 
@@ -325,6 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": rates,
     "constants": constants,
     "standard-library": standard_library,
+    "pretrained-accuracy": pretrained_accuracy,
     "pretrained-slopes": pretrained_slopes,
     "slopes": slopes,
     "slopes-by-error": slopes_by_error,

@@ -333,6 +333,7 @@ def draw(plt: Any, results: dict[str, Any]) -> Any:
         accuracy, difference = row.subplots(1, 2)
         draw_groups(accuracy, difference, groups, look)
         accuracy.set_title(title, fontsize=11)
+        difference.locator_params(axis="x", nbins=6)
         difference.legend(*accuracy.get_legend_handles_labels(), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axis = last.subplots()
     for place, slope in enumerate(slopes):
