@@ -368,5 +368,5 @@ def test_dynamic_shapes_are_checked_as_fixed_ones_are():
     for num_pairs in (4, 7, 1):
         rows, margin = randn(2 * num_pairs, 5, dtype=torch.float32), randn(num_pairs, 1, dtype=torch.float32)
         torch.testing.assert_close(compiled(rows, margin), model(rows, margin))
-    with pytest.raises(Exception, match=r"margin must be \(P,\)"):
+    with pytest.raises(Exception, match=r"margin.* must be \(P,\)"):  # torch 2.11 quotes the message in pieces
         compiled(randn(8, 5, dtype=torch.float32), randn(3, 1, dtype=torch.float32))
