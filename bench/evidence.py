@@ -170,7 +170,7 @@ PRETRAINED = {
     "ratings": "rated sentences",
     "rules": "good and bad code",
 }
-TRAINED = ("minilm-ratings",)  # folders of results
+TRAINED = ("minilm-ratings", "minilm-rules", "minilm-rules-recommended")  # folders of results
 
 
 def pretrained_accuracy() -> str:
@@ -201,8 +201,8 @@ def pretrained_slopes() -> str:
     points = {"start": "new head", "middle": "middle of training", "end": "end of training"}
     diagnosed = [
         *results("pretrained/minilm-ratings/pretrained.json")["slopes"],
-        *results("pretrained/smollm2-ratings/pretrained.json")["slopes"],
-        *(row for row in results("pretrained/pretrained.json")["slopes"] if row["task"] == "rules"),
+        *results("pretrained/minilm-rules/pretrained.json")["slopes"],
+        *(row for row in results("pretrained/pretrained.json")["slopes"] if row["model"] == "smollm2"),
     ]
     rows = []
     for row in diagnosed:
