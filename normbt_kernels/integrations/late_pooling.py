@@ -1,6 +1,7 @@
-"""Late pooling: in the last decoder layer only the scored tokens pass the attention's output projection and the MLP.
+"""Late pooling: in the last decoder layer only the scored tokens pass the MLP and the attention's projections of queries
+and of its output. Keys and values are needed of all tokens.
 
-    (N, S, D) -> scored rows (N, 1, D) -> o_proj, mlp -> (N, 1, H) -> written into zeros (N, S, H)
+    (N, S, D) -> scored rows (N, 1, D) -> q_proj, o_proj, mlp -> (N, 1, H) -> written into zeros (N, S, H)
 
 Nothing after that layer mixes tokens, and the model reads only the scored ones. Their residual stream is exact. That of
 the other tokens is not, but nobody reads it. The layer also keeps less for backward.
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from normbt_kernels.errors import UserError
 
 MLPS = ("mlp", "feed_forward", "ffn")
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
+PROJECTIONS = ("q_proj", "o_proj", "out_proj", "c_proj", "dense", "Wo")
 
 
 def modules_to_narrow(model: nn.Module) -> list[nn.Module]:
-    """The modules of the last layer that work token by token: its MLP, and the output projection of its attention.
+    """The modules of the last layer that work token by token: its MLP, and projections of its attention.
 
     The last layer is the last element of the last outermost `nn.ModuleList`.
 
@@ -43,7 +44,7 @@ def modules_to_narrow(model: nn.Module) -> list[nn.Module]:
         module
         for attention in attentions
         for name, module in attention.named_modules()
-        if name.rpartition(".")[2] in OUTPUT_PROJECTIONS
+        if name.rpartition(".")[2] in PROJECTIONS
     ]
     return projections + mlps
 

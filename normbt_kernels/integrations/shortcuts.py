@@ -44,7 +44,8 @@ def install_shortcuts(model: nn.Module, *, late_pooling: bool = False, padding_f
 
     Args:
         model: a classifier whose forward takes `input_ids`, padded on either side.
-        late_pooling: in the last layer only the scored tokens pass the attention's output projection and the MLP.
+        late_pooling: in the last layer only the scored tokens pass the MLP and the attention's projections of
+            queries and output.
         padding_free: padding is not computed. A sequence ends with the rightmost token that is not the pad token.
 
     Raises:
