@@ -1,5 +1,5 @@
-"""Late pooling: in the last decoder layer only the scored tokens pass the MLP and the attention's projections of queries
-and of its output. Keys and values are needed of all tokens.
+"""Late pooling: in the last decoder layer only the scored tokens pass the MLP and the attention's projections of
+queries and output. Keys and values are needed of all tokens.
 
     (N, S, D) -> scored rows (N, 1, D) -> q_proj, o_proj, mlp -> (N, 1, H) -> written into zeros (N, S, H)
 
