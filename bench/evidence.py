@@ -19,20 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.quality_figure import label
+from normbt_kernels.commands.train_report import LABELS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-LOSSES = {
-    "bt": "BT",
-    "bt-margin": "BT with margin",
-    "bt-margin-out": "BT with margin outside",
-    "bt-smoothing": "BT with label smoothing",
-    "normbt": "NormBT",
-    "normbt-margin": "NormBT with margin",
-    "normbt-margin-out": "NormBT with margin outside",
-    "normbt-smoothing": "NormBT with label smoothing",
-}
 CPU = "amd-epyc-2-cores"  # whose figures README quotes
 BEHIND = "**behind:** "
 COARSE, FINE = "coarse: noisy style", "fine: one wrong token"
@@ -58,11 +51,6 @@ def interval(value: dict[str, Any]) -> str:
     return f"{value['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def name_of(loss: str) -> str:
-    loss, _, power = loss.partition("^")
-    return f"{LOSSES[loss]}, power {power}" if power else LOSSES[loss]
-
-
 def difference(group: dict[str, Any], loss: str = "normbt", baseline: str = "bt") -> dict[str, Any]:
     (found,) = [row for row in group["difference"] if (row["loss"], row["baseline"]) == (loss, baseline)]
     return found
@@ -79,11 +67,11 @@ def powers() -> str:
 def compared(groups: dict[str, Any], names: dict[str, str]) -> str:
     """Accuracy of each loss over all pairs, and its differences from others in the groups that `names` names."""
     accuracy = {loss: plus_minus(of) for loss, of in groups["all"]["accuracy"].items()}
-    rows = [[LOSSES["bt"], accuracy["bt"], *[""] * len(names)]]
+    rows = [[LABELS["bt"], accuracy["bt"], *[""] * len(names)]]
     for row in groups["all"]["difference"]:
         loss, baseline = row["loss"], row["baseline"]
         differences = (interval(difference(groups[group], loss, baseline)) for group in names.values())
-        rows.append([f"{name_of(loss)} less {name_of(baseline)}", accuracy[loss], *differences])
+        rows.append([f"{label(loss)} less {label(baseline)}", accuracy[loss], *differences])
     return table(["loss", "accuracy", *(f"difference, {name}" for name in names)], rows)
 
 
@@ -120,7 +108,7 @@ def losses() -> str:
     rows = []
     for pairs, group, loss, baseline in comparisons:
         found = difference(group, loss, baseline)
-        accuracies = (f"{LOSSES[name]} {group['accuracy'][name]['mean']:.3f}" for name in (baseline, loss))
+        accuracies = (f"{LABELS[name]} {group['accuracy'][name]['mean']:.3f}" for name in (baseline, loss))
         corrected = min(1.0, len(comparisons) * found["p_value"])
         rows.append([pairs, *accuracies, interval(found), f"{found['p_value']:.3f}", f"{corrected:.3f}"])
     return table(["pairs", "baseline", "compared", "difference", "p", "p, corrected"], rows)
@@ -131,7 +119,7 @@ def rates() -> str:
     learning_rates = results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"]
     grid = learning_rates["bt"]["validation_accuracy"]
     rows = [
-        [LOSSES[loss], *map(plus_minus, learning_rates[loss]["validation_accuracy"].values())]
+        [LABELS[loss], *map(plus_minus, learning_rates[loss]["validation_accuracy"].values())]
         for loss in ("bt", "normbt")
     ]
     return table(["learning rate", *(f"{float(rate):g}" for rate in grid)], rows)
@@ -186,10 +174,10 @@ def pretrained_accuracy() -> str:
         for chosen, seeds, rates, groups in shown:
             where, accuracy = (PRETRAINED[trained["texts"]], f"{seeds[0]} to {seeds[-1]}"), groups["all"]["accuracy"]
             bt = f"{rates['bt']:g}{chosen}"
-            rows.append([*where, bt, LOSSES["bt"], plus_minus(accuracy["bt"]), *[""] * len(names)])
+            rows.append([*where, bt, LABELS["bt"], plus_minus(accuracy["bt"]), *[""] * len(names)])
             for row in groups["all"]["difference"]:
                 loss, baseline = row["loss"], row["baseline"]
-                compared = f"{name_of(loss)} less {name_of(baseline)}"
+                compared = f"{label(loss)} less {label(baseline)}"
                 differences = (interval(difference(groups[name], loss, baseline)) for name in names)
                 rows.append([*where, f"{rates[loss]:g}{chosen}", compared, plus_minus(accuracy[loss]), *differences])
     header = ["texts", "seeds", "learning rate", "loss", "accuracy", *(f"difference, {name}" for name in names)]
@@ -224,7 +212,7 @@ def slopes() -> str:
         for loss, slope in of_part.items():
             share = shares[part][loss]
             found = f"{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
-            name = LOSSES.get(loss, f"NormBT, power {diagnosis['powers'][loss]:g}")
+            name = LABELS.get(loss, f"NormBT, power {diagnosis['powers'][loss]:g}")
             rows.append([part, name, found, f"{share[0]:.0%}", f"{share[-1]:.0%}"])
     return table(["gradient of", "loss", "slope", "share of the closest quarter", "of the farthest"], rows)
 
@@ -258,7 +246,7 @@ def quality_rows() -> list[list[str]]:
     rates = results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"]
     grid = [float(rate) for rate in rates["bt"]["validation_accuracy"]]
     by_loss = (
-        f"{LOSSES[loss]} " + " ".join(f"{value['mean']:.2f}" for value in rates[loss]["validation_accuracy"].values())
+        f"{LABELS[loss]} " + " ".join(f"{value['mean']:.2f}" for value in rates[loss]["validation_accuracy"].values())
         for loss in ("bt", "normbt")
     )
 

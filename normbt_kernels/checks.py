@@ -29,6 +29,7 @@ def loss_options(
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     given = {"label_smoothing": label_smoothing, "center_coef": center_coef, "eps": eps, "power": power}
     for name, value in given.items():
+        # By far the most are floats, and to ask an abstract class about each takes its time.
         if type(value) is not float and not _is_number(value):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= label_smoothing < 1:

@@ -274,6 +274,7 @@ class WithoutMetrics(RewardTrainer):
 
 
 def test_host_reads_once_per_log_and_never_in_a_step(tokenizer, tmp_path, monkeypatch):
+    # As on every other device: the pass for the CPU reads mu.
     monkeypatch.setattr(pair_loss, "compute_on_cpu", closed_form.compute_pair_loss)
     reads = {}
     for cls in (WithoutMetrics, NormBTRewardTrainer, RewardTrainer):

@@ -249,7 +249,7 @@ class GradientPlan:
         if self.sum_head is not None:
             head_gradient = self._sum_head_gradient(upstream, layout.rows(hidden), loss_gradient)
         self.write(
-            (*result, *upstream, coefficient, head_weight, head_gradient, layout.last_token),
+            (*result, *upstream[:2], coefficient, head_weight, head_gradient, layout.last_token),
             *result,
             upstream.gradient,
             loss_gradient,

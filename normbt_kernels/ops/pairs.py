@@ -19,8 +19,7 @@ from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import num_multiprocessors
 from normbt_kernels.ops.launch import LaunchShape
 
-# Closed form: of each side 256 K elements, 1 MB in fp32, so that delta is still in a core's cache when it is reduced,
-# while blocks stay few enough for their operators' thread barriers not to count.
+# On the CPU: of each side 256 K elements, 1 MB in fp32, so that delta is still in a core's cache when it is reduced.
 CACHE_ELEMENTS = 262144
 
 
