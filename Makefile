@@ -55,8 +55,8 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # One call for everything, with torch pinned to the version that the tests ran with. Bytecode is made where it is imported:
-# for all 2.5 GB it takes a minute and a half.
-INSTALL = $(BIN)/python -m pip install --quiet --no-compile "$(TORCH)" --editable
+# for all 2.5 GB it takes a minute and a half. setuptools warns, in a box, of folders that have the package's name: ours does.
+INSTALL = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile "$(TORCH)" --editable
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	$(INSTALL) ".[train,plot]"
