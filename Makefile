@@ -45,9 +45,11 @@ package: $(VENV)/.installed-dev
 	build/package/venv/bin/python -m pip install --quiet "$$(echo build/package/*.whl)[train]"
 	cd build/package && venv/bin/normbt train --loss normbt --max-steps 10 --disable-tqdm True
 	cd build/package && venv/bin/python -c "import normbt_kernels as n; assert 'build/package' in n.__file__, n.__file__"
+	build/package/venv/bin/python -c "from importlib.metadata import metadata; import re; \
+	  text = metadata('normbt-kernels')['Description']; dead = re.findall(r'\]\((?!https?://|#).*', text); assert text and not dead, dead"
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build
 
 $(VENV)/bin/python:
 	@echo "Sets up $(VENV): PyTorch, the trainers and what they need; 2.5 GB on disk, or 5.5 GB where PyTorch comes with CUDA."
@@ -55,8 +57,8 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # One call for everything, with torch pinned to the version that the tests ran with. Bytecode is made where it is imported:
-# for all 2.5 GB it takes a minute and a half. setuptools warns, in a box, of folders that have the package's name: ours does.
-INSTALL = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile "$(TORCH)" --editable
+# for all 2.5 GB it takes a minute and a half.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile "$(TORCH)" --editable
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	$(INSTALL) ".[train,plot]"
