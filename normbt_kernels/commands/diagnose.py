@@ -49,7 +49,7 @@ def run(options: DiagnoseOptions) -> None:
     rows, remarks = checked_rows(pairs, tokenizer, limit if options.truncate else None)
     for line in remarks:
         print(line)
-    if not any(map(LeftOut(limit).keeps, rows)):
+    if not LeftOut(limit).told(rows)[0]:
         raise UserError(
             f"all {len(rows)} pairs are longer than {limit} tokens (--max-length), or the same on both sides"
         )

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 
 import torch
@@ -19,8 +20,11 @@ from torch import Tensor
 
 from normbt_kernels._version import __version__
 from normbt_kernels.functional import linear_normbt_loss, normbt_loss, pair_distance
-from normbt_kernels.modules import LinearNormBTLoss, NormBTLoss
+from normbt_kernels.modules import DistanceEMA, LinearNormBTLoss, NormBTLoss
 from normbt_kernels.ops.backend import backend_name
+
+Numbers = list[tuple[str, Tensor, list[float]]]  # what it is, as seen, as computed by hand
+Check = Callable[[torch.device], Numbers]
 
 CHOSEN = [[3.0, 4.0], [1.0, 1.0]]
 REJECTED = [[0.0, 0.0], [6.0, 13.0]]
@@ -57,16 +61,18 @@ def _devices() -> list[torch.device]:
 
 def run() -> list[str]:
     """One line for each number that is wrong; an empty list if none is."""
-    return [failure for device in _devices() for check in CHECKS for failure in _run(check, device)]
+    return [
+        failure for device in _devices() for entry, check in ENTRIES.items() for failure in _run(entry, check, device)
+    ]
 
 
-def _run(check: Callable[[torch.device], list[tuple[str, Tensor, list[float]]]], device: torch.device) -> list[str]:
+def _run(entry: str, check: Check, device: torch.device) -> list[str]:
     try:
         numbers = check(device)
     except Exception as error:  # the self-check reports any error and goes on
-        return [f"{check.__name__.strip('_')} on {device}: {type(error).__name__}: {error}"]
+        return [f"{entry} on {device}: {type(error).__name__}: {error}"]
     return [
-        f"{what} on {device}: expected {expected}, got {seen.flatten().tolist()}"
+        f"{entry}{what} on {device}: expected {expected}, got {seen.flatten().tolist()}"
         for what, seen, expected in numbers
         if not torch.allclose(seen.detach().double().cpu().flatten(), torch.tensor(expected).double(), rtol=1e-5)
     ]
@@ -101,36 +107,7 @@ def _head_gradient(mu: float) -> list[float]:
 # --- every entry point -------------------------------------------------------------------------------------------
 
 
-def _check_pair_distance(device: torch.device) -> list[tuple[str, Tensor, list[float]]]:
-    hidden = torch.tensor(CHOSEN + REJECTED, device=device)
-    return [("pair_distance", pair_distance(hidden), RHO)]
-
-
-def _check_normbt_loss(device: torch.device) -> list[tuple[str, Tensor, list[float]]]:
-    return _reward_form(
-        "normbt_loss", lambda *inputs, margin: normbt_loss(*inputs, MU, margin=margin, eps=0), MU, device
-    )
-
-
-def _check_normbt_module(device: torch.device) -> list[tuple[str, Tensor, list[float]]]:
-    module = NormBTLoss(eps=0, process_group=None).to(device)
-    numbers = _reward_form("NormBTLoss", module, FIRST_MU, device)
-    return [*numbers, ("NormBTLoss.mu", module.mu, [FIRST_MU])]
-
-
-def _check_linear_normbt_loss(device: torch.device) -> list[tuple[str, Tensor, list[float]]]:
-    return _linear_form(
-        "linear_normbt_loss", lambda *inputs, margin: linear_normbt_loss(*inputs, MU, margin=margin, eps=0), MU, device
-    )
-
-
-def _check_linear_normbt_module(device: torch.device) -> list[tuple[str, Tensor, list[float]]]:
-    module = LinearNormBTLoss(eps=0, process_group=None).to(device)
-    numbers = _linear_form("LinearNormBTLoss", module, FIRST_MU, device)
-    return [*numbers, ("LinearNormBTLoss.mu", module.mu, [FIRST_MU])]
-
-
-def _reward_form(name: str, loss_of: Callable[..., Tensor], mu: float, device: torch.device):
+def _reward_form(loss_of: Callable[..., Tensor], mu: float, device: torch.device) -> Numbers:
     chosen, rejected = (
         torch.tensor(rewards, device=device, requires_grad=True) for rewards in (CHOSEN_REWARDS, REJECTED_REWARDS)
     )
@@ -139,28 +116,34 @@ def _reward_form(name: str, loss_of: Callable[..., Tensor], mu: float, device: t
     loss.backward()
     g = _reward_gradient(mu)
     return [
-        (name, loss, [_loss(mu)]),
-        (f"{name}, gradient of the chosen rewards", chosen.grad, g),
-        (f"{name}, gradient of the rejected rewards", rejected.grad, [-g_p for g_p in g]),
+        ("", loss, [_loss(mu)]),
+        (", gradient of the chosen rewards", chosen.grad, g),
+        (", gradient of the rejected rewards", rejected.grad, [-g_p for g_p in g]),
     ]
 
 
-def _linear_form(name: str, loss_of: Callable[..., Tensor], mu: float, device: torch.device):
+def _linear_form(loss_of: Callable[..., Tensor], mu: float, device: torch.device) -> Numbers:
     hidden = torch.tensor(CHOSEN + REJECTED, device=device, requires_grad=True)
     head = torch.tensor(HEAD, device=device, requires_grad=True)
     loss = loss_of(hidden, head, margin=torch.tensor(MARGIN, device=device))
     loss.backward()
     return [
-        (name, loss, [_loss(mu)]),
-        (f"{name}, gradient of the hidden rows", hidden.grad, _hidden_gradient(mu)),
-        (f"{name}, gradient of the head", head.grad, _head_gradient(mu)),
+        ("", loss, [_loss(mu)]),
+        (", gradient of the hidden rows", hidden.grad, _hidden_gradient(mu)),
+        (", gradient of the head", head.grad, _head_gradient(mu)),
     ]
 
 
-CHECKS = (
-    _check_pair_distance,
-    _check_normbt_loss,
-    _check_normbt_module,
-    _check_linear_normbt_loss,
-    _check_linear_normbt_module,
-)
+def _module(form: Callable[..., Numbers], loss: DistanceEMA, device: torch.device) -> Numbers:
+    """The numbers of a module's first batch, and the mu that it leaves."""
+    numbers = form(loss.to(device), FIRST_MU, device)
+    return [*numbers, (".mu", loss.mu, [FIRST_MU])]
+
+
+ENTRIES: dict[str, Check] = {
+    "pair_distance": lambda device: [("", pair_distance(torch.tensor(CHOSEN + REJECTED, device=device)), RHO)],
+    "normbt_loss": lambda device: _reward_form(partial(normbt_loss, mu=MU, eps=0), MU, device),
+    "NormBTLoss": lambda device: _module(_reward_form, NormBTLoss(eps=0, process_group=None), device),
+    "linear_normbt_loss": lambda device: _linear_form(partial(linear_normbt_loss, mu=MU, eps=0), MU, device),
+    "LinearNormBTLoss": lambda device: _module(_linear_form, LinearNormBTLoss(eps=0, process_group=None), device),
+}

@@ -47,13 +47,11 @@ def tokenize_pair(pair: Preference, tokenizer: PreTrainedTokenizerBase) -> dict[
         UserError: the pair is a conversation and the tokenizer has no chat template, or the template refuses it; or a
             side has no tokens.
     """
-    ids = {
-        f"{side}_ids": token_ids(getattr(pair, side), tokenizer, pair.where, pair.template)
-        for side in ("chosen", "rejected")
-    }
-    for name in SIDES:
-        if not len(ids[name]):
-            raise UserError(f"{pair.where}: {name.removesuffix('_ids')!r} has no tokens")
+    ids = {}
+    for side in ("chosen", "rejected"):
+        ids[f"{side}_ids"] = token_ids(getattr(pair, side), tokenizer, pair.where, pair.template)
+        if not len(ids[f"{side}_ids"]):
+            raise UserError(f"{pair.where}: {side!r} has no tokens")
     return ids | {name: getattr(pair, name) for name in OPTIONAL_COLUMNS if getattr(pair, name) is not None}
 
 
@@ -162,21 +160,26 @@ class LeftOut:
     max_length: float
     keep_identical: bool = False
 
-    def keeps(self, row: Row) -> bool:
-        return num_tokens(row) <= self.max_length and (self.keep_identical or not is_identical(row))
+    def verdict(self, row: Row) -> str:
+        """What becomes of a pair: "kept", "too long" or "identical"."""
+        if num_tokens(row) > self.max_length:
+            return "too long"
+        return "identical" if not self.keep_identical and is_identical(row) else "kept"
+
+    def reasons(self, verdicts: Sequence[str]) -> list[str]:
+        """One line for each reason why pairs are left out, such as "3 of 20 pairs are ..."."""
+        said = {"too long": f"longer than {self.max_length} tokens", "identical": "the same tokens on both sides"}
+        return [
+            f"{verdicts.count(verdict)} of {len(verdicts)} pairs are {reason}"
+            for verdict, reason in said.items()
+            if verdict in verdicts
+        ]
 
     def told(self, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-        """The kept pairs, and one line for each reason why others are left out, such as "3 of 20 pairs are ..."."""
-        too_long = sum(num_tokens(row) > self.max_length for row in rows)
-        kept = [row for row in rows if self.keeps(row)]
-        return kept, self.reasons(len(rows), too_long, len(rows) - too_long - len(kept))
-
-    def reasons(self, num_pairs: int, too_long: int, identical: int) -> list[str]:
-        counted = (
-            (too_long, f"longer than {self.max_length} tokens"),
-            (identical, "the same tokens on both sides"),
-        )
-        return [f"{number} of {num_pairs} pairs are {reason}" for number, reason in counted if number]
+        """The kept pairs, and the reasons why others are left out."""
+        verdicts = [self.verdict(row) for row in rows]
+        kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict == "kept"]
+        return kept, self.reasons(verdicts)
 
 
 def cut(row: Row, max_length: int, side: str) -> dict[str, Any]:

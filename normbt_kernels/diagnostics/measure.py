@@ -79,10 +79,13 @@ def diagnose(
     if not backbone:
         raise UserError("every weight but the head's is frozen: there is no backbone gradient to measure")
     rows = _token_ids(pairs, tokenizer)
+    if not rows:
+        raise UserError("there are no pairs")
     left_out = LeftOut(math.inf if max_length is None else max_length)
-    short = [i for i, row in enumerate(rows) if left_out.keeps(row)]
+    verdicts = [left_out.verdict(row) for row in rows]
+    short = [i for i, verdict in enumerate(verdicts) if verdict == "kept"]
     if not short:
-        raise UserError(f"no pair is left: {' and '.join(left_out.told(rows)[1])}" if rows else "there are no pairs")
+        raise UserError(f"no pair is left: {' and '.join(left_out.reasons(verdicts))}")
     num_left_out, rows = len(rows) - len(short), [rows[i] for i in short]
 
     name = None if partial is None else fingerprint(model, rows, batch_size)

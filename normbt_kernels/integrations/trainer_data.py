@@ -78,7 +78,7 @@ class PairsInTrainer:
             tokenized, verdicts, remarks = _read_all(dataset, read)
         for line in summed_up((f"{name}, row {i + 1}", text) for i, texts in enumerate(remarks) for text in texts):
             logger.warning(line)
-        reasons = left_out.reasons(len(verdicts), verdicts.count("too long"), verdicts.count("identical"))
+        reasons = left_out.reasons(verdicts)
         kept = [i for i, verdict in enumerate(verdicts) if verdict == "kept"]
         if reasons and (whole or not kept):
             raise UserError(f"{name}: {' and '.join(reasons)}")
@@ -117,7 +117,7 @@ class PairsInTrainer:
 
 @dataclass
 class _Reader:
-    """Makes checked token ids of one row, and says what becomes of it: "kept", "too long" or "identical"."""
+    """Makes checked token ids of one row, and says what becomes of it."""
 
     tokenizer: PreTrainedTokenizerBase
     name: str
@@ -145,15 +145,10 @@ class _Reader:
             remarks.append(f"cut to {self.left_out.max_length} tokens")
         return ids, remarks
 
-    def verdict(self, ids: Mapping[str, Any]) -> str:
-        if num_tokens(ids) > self.left_out.max_length:
-            return "too long"
-        return "kept" if self.left_out.keeps(ids) else "identical"
-
     def kept(self, row: Mapping[str, Any], index: int) -> Mapping[str, Any] | None:
         """The token ids of one row of a stream; None if the pair is left out. The log tells each remark once."""
         ids, remarks = self.ids(row, index)
-        verdict = self.verdict(ids)
+        verdict = self.left_out.verdict(ids)
         if verdict != "kept":
             remarks.append(f"left out, like all that are {verdict}")
         for said in remarks:
@@ -171,7 +166,7 @@ def _read_all(dataset: Any, read: _Reader) -> tuple[Any, list[str], list[list[st
         read.constants = tuple(name for name in CONSTANTS if any(name in row for row in rows))
         tokenized, remarks = zip(*(read.ids(row, i) for i, row in enumerate(rows)), strict=True)
         same = all(new is old for new, old in zip(tokenized, rows, strict=True))
-        return dataset if same else list(tokenized), [read.verdict(ids) for ids in tokenized], list(remarks)
+        return dataset if same else list(tokenized), [read.left_out.verdict(ids) for ids in tokenized], list(remarks)
 
     read.constants = tuple(name for name in CONSTANTS if name in columns)
     stays = set(SIDES) <= set(columns) and not read.truncate
@@ -179,7 +174,7 @@ def _read_all(dataset: Any, read: _Reader) -> tuple[Any, list[str], list[list[st
     def looked_at(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         ids, remarks = read.ids(row, index)
         # As text, since datasets takes the type of a column from its first rows, which may have no remarks.
-        return ({} if stays else dict(ids)) | {"verdict": read.verdict(ids), "remarks": "\n".join(remarks)}
+        return ({} if stays else dict(ids)) | {"verdict": read.left_out.verdict(ids), "remarks": "\n".join(remarks)}
 
     made = dataset.map(looked_at, with_indices=True, remove_columns=columns, desc=f"reading {read.name}")
     tokenized = dataset if stays else made.remove_columns(["verdict", "remarks"])
