@@ -1,4 +1,5 @@
-"""Moves mu when a `Trainer` has stepped its optimizer, with whatever engine the trainer does that."""
+"""NormBT in the steps of a `Trainer`: reads a batch of pairs, and moves mu when the trainer has stepped its optimizer,
+with whatever engine it does that."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from normbt_kernels.data.tokens import CONSTANTS
 from normbt_kernels.functional import pair_distance
 from normbt_kernels.integrations.apply import applied_to
+from normbt_kernels.integrations.head import HeadReader, logits_of
 from normbt_kernels.modules import DistanceEMA
 
 
@@ -23,10 +26,18 @@ class LossInSteps:
     """
 
     pair_loss: nn.Module
+    head_reader: HeadReader
 
     def _outputs_and_rows(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
         """The model's outputs for a batch, and the rows (2B, H) that its head reads, all chosen, then all rejected."""
-        raise NotImplementedError
+        num_sequences = len(inputs["last_token"] if "last_token" in inputs else inputs["input_ids"])
+        if num_sequences % 2:
+            raise ValueError(
+                f"a batch holds all chosen sequences, then as many rejected: got {num_sequences} sequences"
+            )
+        self.head_reader.expect(inputs["input_ids"])
+        outputs = model(**{name: value for name, value in inputs.items() if name not in CONSTANTS})
+        return outputs, self.head_reader.take(logits_of(outputs))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`.

@@ -32,7 +32,7 @@ from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.tokens import CONSTANTS, LeftOut
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import HeadReader, find_head, logits_of, refuse_fused_liger
+from normbt_kernels.integrations.head import HeadReader, find_head, logits_of, refuse_fused_liger, text_config
 from normbt_kernels.integrations.pooled_head import PooledHead
 from normbt_kernels.integrations.shortcuts import install_shortcuts, packing_for
 from normbt_kernels.integrations.trainer_data import PairsInTrainer
@@ -173,7 +173,10 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         if warning := head.warning_if_frozen():
             logger.warning(warning)
         if isinstance(collator, PreferenceCollator):
-            _align_padding(head.owner, collator.tokenizer)
+            # Trainer gives the model the tokenizer's pad token only in `train`, and decoders need it to evaluate.
+            config = text_config(head.owner)
+            if config is not None:
+                config.pad_token_id = collator.tokenizer.pad_token_id
         reason = self._why_not_fused(head.module)
         loss = self._given_loss if self.model_init is None else copy.deepcopy(self._given_loss)
         self.pair_loss, self.fused = loss_and_form(loss, reason)
@@ -236,14 +239,6 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         loss, stats = self.pair_loss(*terms, **constants, return_stats=True)
         return loss, outputs, stats
 
-    def _outputs_and_rows(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
-        num_rows = len(inputs["last_token"] if "last_token" in inputs else inputs["input_ids"])
-        if num_rows % 2:
-            raise ValueError(f"a batch holds all chosen sequences, then as many rejected: got {num_rows} sequences")
-        self.head_reader.expect(inputs["input_ids"])
-        outputs = model(**{name: value for name, value in inputs.items() if name not in CONSTANTS})
-        return outputs, self.head_reader.take(logits_of(outputs))
-
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`; returns the loss to be logged, or the last one that was finite."""
         loss = super().training_step(*args, **kwargs)
@@ -285,14 +280,6 @@ def _check_arguments(args: TrainingArguments) -> None:
             "pass loss=LinearNormBTLoss(label_smoothing=...)"
         )
     refuse_fused_liger(args)
-
-
-def _align_padding(owner: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives the model the tokenizer's pad token, by which it finds the token to score. `Trainer` does so only in
-    `train`, and decoders without a pad token cannot be evaluated before."""
-    config = getattr(owner, "config", None)
-    if hasattr(config, "get_text_config"):
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 # --- the loss ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 from trl import RewardTrainer
 
-from normbt_kernels.data.tokens import is_identical
+from normbt_kernels.data.tokens import CONSTANTS, is_identical
 from normbt_kernels.errors import UserError
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
@@ -122,14 +122,15 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
             )
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         kept = dataset.filter(lambda pair: not is_identical(pair))
-        left_out = len(dataset) - len(kept) if hasattr(dataset, "__len__") else None
-        if left_out == 0:
+        if not hasattr(dataset, "__len__"):  # a stream
+            return kept
+        left_out = len(dataset) - len(kept)
+        if not left_out:
             return dataset
-        if left_out is not None:
-            said = f"{dataset_name} dataset: {left_out} of {len(dataset)} pairs are the same tokens on both sides"
-            if not len(kept):
-                raise UserError(said)
-            logger.warning(f"{said}, and left out")
+        said = f"{dataset_name} dataset: {left_out} of {len(dataset)} pairs are the same tokens on both sides"
+        if not len(kept):
+            raise UserError(said)
+        logger.warning(f"{said}, and left out")
         return kept
 
     def compute_loss(
@@ -143,22 +144,13 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         if asked for."""
         outputs, rows = self._outputs_and_rows(model, inputs)
         self.pair_loss.train(self.model.training)  # evaluation does not move mu
-        loss, stats = self.pair_loss(
-            *outputs.logits.chunk(2), *rows.chunk(2), margin=inputs.get("margin"), return_stats=True
-        )
+        constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
+        loss, stats = self.pair_loss(*outputs.logits.chunk(2), *rows.detach().chunk(2), **constants, return_stats=True)
         self._keep_metrics(stats, inputs["attention_mask"])
         return (loss, outputs) if return_outputs else loss
 
     def _outputs_and_rows(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
-        if inputs["input_ids"].shape[0] % 2:
-            raise ValueError(
-                "a batch holds all chosen sequences, then as many rejected ones, got input_ids "
-                f"{tuple(inputs['input_ids'].shape)}"
-            )
-        model_inputs = {name: value for name, value in inputs.items() if name != "margin"} | {"use_cache": False}
-        self.head_reader.expect(inputs["input_ids"])
-        outputs = model(**model_inputs)
-        return outputs, self.head_reader.take(outputs.logits).detach()
+        return super()._outputs_and_rows(model, {**inputs, "use_cache": False})
 
     def _keep_metrics(self, stats: NormBTStats, attention_mask: Tensor) -> None:
         rewards = torch.cat([stats.chosen_rewards, stats.rejected_rewards])
