@@ -169,7 +169,7 @@ def test_the_command_scores_each_answer_by_the_models_own_logits(checkpoint, tmp
     assert out.with_suffix(".png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "RewardBench 2" in printed
-    assert "Left out 1 questions with an answer of over 50 tokens." in printed
+    assert "Left out 1 questions longer than 50 tokens." in printed
 
 
 @pytest.mark.parametrize(("benchmark", "row"), [("rm-bench", RM), ("judgebench", JUDGE)])

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels._version import versions
 from normbt_kernels.commands.arguments import EvaluateOptions
+from normbt_kernels.commands.evaluate import notes
 from normbt_kernels.data.checkpoints import load_model, load_scoring_tokenizer, token_limit
 from normbt_kernels.data.rows import read_rows
 from normbt_kernels.data.tokens import kept_part, token_ids
@@ -107,15 +108,8 @@ def table(report: Mapping[str, Any]) -> str:
         [name, str(of["num_questions"]), *(f"{of[column]:.3f}" for column in report["columns"])]
         for name, of in scores.items()
     ]
-    lines = ["", *aligned([[report["benchmark"], "questions", *report["columns"]], *rows]), ""]
-    if report["num_left_out"]:
-        lines.append(
-            f"Left out {report['num_left_out']} questions with an answer of over {report['max_length']} tokens."
-        )
-    if report["num_nan"]:
-        lines.append(f"NaN, and counted as wrong: a reward of {report['num_nan']} questions. Try another --dtype.")
-    lines.append(f"Right is strictly greater, in {report['dtype']}; ties, which count as wrong: {report['num_ties']}.")
-    return "\n".join(lines)
+    lines = aligned([[report["benchmark"], "questions", *report["columns"]], *rows])
+    return "\n".join(["", *lines, "", *notes(report, "questions")])
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:

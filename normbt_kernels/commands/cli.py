@@ -124,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, others = parser.parse_known_args(command_line)
     arguments.command_line = command_line
     if others and arguments.command is not _train:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        known += ["--" + name.replace("_", "-") for name in vars(arguments)]
+        known = [*parser._option_string_actions, *map(flag, vars(arguments))]
         parser.error(f"unrecognized arguments: {' '.join(others)}{_did_you_mean(others, known)}")
     try:
         return arguments.command(arguments, others)

@@ -33,13 +33,15 @@ def run(options: DiagnoseOptions) -> None:
         UserError: the model or the data cannot be read, or do not fit together.
     """
     built_in = find_built_in(options.dataset) if options.model is None else None
-    if options.model is None and built_in is None:
-        raise UserError("--dataset needs a --model; leave out both for the built-in default")
-    if built_in is not None and options.gguf_file is not None:
-        raise UserError("--gguf-file needs a --model, the folder that it is in")
     if built_in is not None:
+        if options.gguf_file is not None:
+            raise UserError("--gguf-file needs a --model, the folder that it is in")
+        name = f"{built_in.model_name} after {FEW_STEPS} steps of BT"
         tokenizer, pairs = built_in.make_tokenizer(), built_in.pairs("test", SEED)
+    elif options.model is None:
+        raise UserError("--dataset needs a --model; leave out both for the built-in default")
     else:
+        name = options.model if options.gguf_file is None else f"{options.model}/{options.gguf_file}"
         tokenizer = load_training_tokenizer(options.model, options.gguf_file)
         if options.dataset is None:
             pairs = built_in_pairs(tokenizer)
@@ -69,10 +71,6 @@ def run(options: DiagnoseOptions) -> None:
         max_length=limit,
         partial=partial,
     )
-    if built_in is not None:
-        name = f"{built_in.model_name} after {FEW_STEPS} steps of BT"
-    else:
-        name = options.model if options.gguf_file is None else f"{options.model}/{options.gguf_file}"
     report = {
         "model": name,
         "dataset": options.dataset or GENERATED.name,

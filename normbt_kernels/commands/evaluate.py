@@ -131,9 +131,15 @@ def table(report: Mapping[str, Any]) -> str:
     lines = ["", *aligned(rows), ""]
     if report["sections_left_out"]:
         lines.append(f"No pairs, and left out: {', '.join(report['sections_left_out'])}.")
+    return "\n".join(lines + notes(report, "pairs"))
+
+
+def notes(report: Mapping[str, Any], items: str) -> list[str]:
+    """What is to be said below a table of scores; `items` are what the model was judged on."""
+    lines = []
     if report["num_left_out"]:
-        lines.append(f"Left out {report['num_left_out']} pairs longer than {report['max_length']} tokens.")
+        lines.append(f"Left out {report['num_left_out']} {items} longer than {report['max_length']} tokens.")
     if report["num_nan"]:
-        lines.append(f"NaN, and counted as wrong: a reward of {report['num_nan']} pairs. Try another --dtype.")
-    lines.append(f"Right is chosen > rejected, in {report['dtype']}; ties, which count as wrong: {report['num_ties']}.")
-    return "\n".join(lines)
+        lines.append(f"NaN, and counted as wrong: a reward of {report['num_nan']} {items}. Try another --dtype.")
+    lines.append(f"Right is {report['rule']}, in {report['dtype']}; ties, which count as wrong: {report['num_ties']}.")
+    return lines

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels.data.packing import pack
-from normbt_kernels.data.tokens import CONSTANTS, check_ids
+from normbt_kernels.data.tokens import CONSTANTS, SIDES, check_ids
 
 
 @dataclass
@@ -48,12 +48,12 @@ class PreferenceCollator:
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        if not {"chosen_ids", "rejected_ids"} <= rows[0].keys():
+        if not rows[0].keys() >= set(SIDES):
             raise ValueError(f"rows need chosen_ids and rejected_ids, got the columns {sorted(rows[0])}")
         constants = [name for name in CONSTANTS if any(name in row for row in rows)]
         for i, row in enumerate(rows, start=1):
             check_ids({name: None for name in constants} | dict(row), f"pair {i} of the batch")
-        sequences = [torch.as_tensor(row[name]) for name in ("chosen_ids", "rejected_ids") for row in rows]
+        sequences = [torch.as_tensor(row[name]) for name in SIDES for row in rows]
         length = max(len(sequence) for sequence in sequences)
         if self.pad_to_multiple_of is not None:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of

@@ -16,7 +16,7 @@ import os
 import random
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -153,7 +153,7 @@ def _fine_pair(function: Function, rng: random.Random) -> Preference | None:
         return None
     kind = rng.choice(list(by_kind))
     rng.choice(by_kind[kind])()
-    faulty = Function(function.module, ast.unparse(tree), function.summary, function.split)
+    faulty = replace(function, source=ast.unparse(tree))
     return Preference(function.text, faulty.text, margin=FINE_MARGIN, category=f"fine: {kind}", where=function.module)
 
 
@@ -161,7 +161,7 @@ def _coarse_pair(function: Function, others: list[Function], rng: random.Random)
     other = function
     while other.summary == function.summary:
         other = rng.choice(others)
-    wrong = Function(other.module, other.source, function.summary, other.split)
+    wrong = replace(other, summary=function.summary)
     return Preference(
         function.text, wrong.text, margin=COARSE_MARGIN, category="coarse: unrelated function", where=function.module
     )

@@ -129,7 +129,6 @@ def draw(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Each line has the slope that was fitted to one quarter of the pairs by error. It spans these pairs only, in the
     colour of their median error.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     sample = summary["sample"]
@@ -138,7 +137,6 @@ def draw(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     quarter = np.searchsorted(np.quantile(error, [0.25, 0.5, 0.75]), error)
     names = labels(summary)
     figure = Figure(figsize=(5 * len(names), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(names), sharex=True, sharey=True)
     for axis, (loss, label) in zip(axes, names.items(), strict=True):
         gradient = np.array(sample["backbone_gradient"][loss])[shown]

@@ -15,6 +15,11 @@ from normbt_kernels.errors import UserError
 
 NUM_CHECKED = 16  # forwards or backwards in which what is taken for granted of a model is checked
 
+KEEP_THE_FORWARD = (
+    "by that of a language model, which needs an lm_head: pass liger_kernel_config={'fused_linear_cross_entropy': "
+    "False} to keep Liger's other kernels"
+)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -109,10 +114,7 @@ def refuse_fused_liger(args: Any) -> None:
         ValueError: `args`, TrainingArguments, have Liger replace the forward that calls the head.
     """
     if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
-        raise UserError(
-            "use_liger_kernel=True replaces the model's forward by that of a language model, which needs an lm_head: "
-            "pass liger_kernel_config={'fused_linear_cross_entropy': False} to keep Liger's other kernels"
-        )
+        raise UserError(f"use_liger_kernel=True replaces the model's forward {KEEP_THE_FORWARD}")
 
 
 def last_token(is_token: Tensor) -> Tensor:
@@ -308,10 +310,7 @@ class ModelInputs:
 
     def _begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and inspect.unwrap(owner.forward).__module__.startswith("liger_kernel."):
-            raise UserError(
-                f"Liger has replaced the forward of {type(owner).__name__} by that of a language model, which needs an "
-                "lm_head: pass liger_kernel_config={'fused_linear_cross_entropy': False} to keep its other kernels"
-            )
+            raise UserError(f"Liger has replaced the forward of {type(owner).__name__} {KEEP_THE_FORWARD}")
         self._inputs = dict(zip(self._names, args, strict=False)) | kwargs
 
     def _end(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
