@@ -124,11 +124,11 @@ class TrainOptions:
     truncate: bool = _switch("cut long sequences at --max-length, at the tokenizer's side, instead of leaving them out")
     keep_identical: bool = _switch("train on pairs with the same tokens on both sides too; else left out, and counted")
     late_pooling: bool = _switch(
-        "in the last layer compute the token that is scored and no other: the same rewards and gradients in less time "
-        "(decoders; a model that it does not fit is refused at the first batch)"
+        "compute only the scored token in the last layer: the same rewards and gradients in less time (decoders; the "
+        "first batch refuses a model that it does not fit)"
     )
     padding_free: bool = _switch(
-        "compute no token of padding: the sequences of a batch stand side by side (likewise, and decoders only)"
+        "compute no padding: the sequences of a batch stand side by side (as exact, and refused in the same way)"
     )
     lora_r: int | None = _option(None, "train LoRA matrices of this rank, and the head", type=int, metavar="N")
     lora_alpha: int | None = _option(None, "scale of LoRA (default: twice the rank)", type=int, metavar="N")

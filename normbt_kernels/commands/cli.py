@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def add(name: str, command: Callable[..., int], help: str, **texts: Any) -> argparse.ArgumentParser:
-        # No abbreviations: one could as well be an option of Trainer's.
+        # No abbreviations: one could also stand for an option of Trainer's.
         texts |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         added = commands.add_parser(name, help=help, **texts)
         added.set_defaults(command=command)

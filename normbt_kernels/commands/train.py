@@ -109,7 +109,7 @@ def _train(
     args.output_dir = str(Path(args.output_dir) / trial.name)
     args.seed, args.learning_rate = trial.seed, trial.learning_rate
     set_seed(args.seed)  # the same initial weights for every loss; Trainer seeds the data order alike
-    with quiet_progress_bars(), redirect_stdout(io.StringIO()):  # it said the same when the fingerprint was made
+    with quiet_progress_bars(), redirect_stdout(io.StringIO()):  # it has printed this once, for the fingerprint
         model = job.make_model()
     trainer = NormBTTrainer(
         model,

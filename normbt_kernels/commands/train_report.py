@@ -191,7 +191,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _headings(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """The kind of each group where it is another one than before."""
+    """The kind of each group, or nothing if the group before is of the same kind."""
     kinds = [group["kind"] for group in groups]
     return ["" if kind == previous else kind for previous, kind in zip(["", *kinds], kinds, strict=False)]
 

@@ -4,7 +4,8 @@
                       b b . . . .                        c c c c c c                   0 1 2 3 4 5
                       c c c c c c                        last_token 2, 4, 11
 
-`position_ids` begin anew with each sequence. By them transformers sees where a sequence ends, and keeps it to itself.
+`position_ids` begin anew with each sequence. They tell transformers where a sequence ends, so that no token attends to
+another sequence.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def pack(
         attention_mask: `(N, S)`, None if nothing is padded on the left.
         pad_token_id: of the padding, and of what is left over at the end of a row.
         one_row: put all sequences into a single row, for attention of variable length (flash attention).
-        row_length: otherwise L. By default the length of the longest sequence, so that no mask over the rows is larger
-            than that of the padded batch.
+        row_length: L, unless all sequences go into one row. By default the length of the longest sequence, so that no
+            mask over the rows is larger than that of the padded batch.
 
     Returns:
         `input_ids`, `position_ids` `(R, L)` int64; `last_token` `(N,)` int64, where each sequence ends in the

@@ -135,7 +135,7 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-MOSTLY_UNKNOWN = 0.5  # share of unknown tokens from which a tokenizer is not made for these texts
+MOSTLY_UNKNOWN = 0.5  # with a larger share of unknown tokens, a tokenizer is not made for the texts
 
 
 def unknown_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> float:

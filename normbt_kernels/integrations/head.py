@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normbt_kernels.errors import UserError
 
-NUM_CHECKED = 16  # forwards or backwards in which what is taken for granted of a model is checked
+NUM_CHECKED = 16  # first forwards or backwards of a model, in which our assumptions about it are checked
 
 KEEP_THE_FORWARD = (
     "by that of a language model, which needs an lm_head: pass liger_kernel_config={'fused_linear_cross_entropy': "

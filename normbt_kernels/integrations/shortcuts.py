@@ -1,7 +1,7 @@
 """Two shortcuts through a decoder's training step that change no reward and no gradient.
 
-    late pooling   in the last layer only the scored tokens pass o_proj and the MLP      late_pooling.py
-    padding-free   the sequences of a batch side by side, no token of padding            data/packing.py
+    late pooling   in the last layer only the scored tokens pass q_proj, o_proj and the MLP      late_pooling.py
+    padding-free   the sequences of a batch stand side by side, without padding                  data/packing.py
 
 The model is called as before and returns one reward for each sequence. The first forward runs with and without each
 shortcut, without gradients, and the results are compared: a model for which a shortcut is not exact is refused.
@@ -129,8 +129,8 @@ class Shortcuts:
         return (), inputs
 
     def _stand_last(self) -> None:
-        """Takes the head's rewards after all who hook its output. ZeRO-3 does, in order to gather the weight before
-        backward comes to it, and it hooks only what flows on."""
+        """Puts our hook on the head's output behind all others. ZeRO-3 has one, which gathers the weight when backward
+        reaches the rewards; it would not work on the zeros that our hook returns."""
         if self._wanted["padding_free"]:
             self._head.module._forward_hooks.move_to_end(self._hooks[-1].id)
 

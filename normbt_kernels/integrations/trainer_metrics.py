@@ -33,11 +33,6 @@ class PairAccuracy:
         return {"accuracy": (margin > 0).mean(), "margin": margin.mean(), "bt_loss": np.logaddexp(0, -margin).mean()}
 
 
-def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """`PairAccuracy` of all predictions at once."""
-    return PairAccuracy()(prediction)
-
-
 class TrainTotals:
     """Statistics of the batches since the last log: added up on the device, copied to the host once per log."""
 

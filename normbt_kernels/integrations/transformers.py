@@ -36,7 +36,7 @@ from normbt_kernels.integrations.head import HeadReader, find_head, logits_of, r
 from normbt_kernels.integrations.pooled_head import PooledHead
 from normbt_kernels.integrations.shortcuts import install_shortcuts, packing_for
 from normbt_kernels.integrations.trainer_data import PairsInTrainer
-from normbt_kernels.integrations.trainer_metrics import PairAccuracy, TrainTotals, pair_accuracy
+from normbt_kernels.integrations.trainer_metrics import PairAccuracy, TrainTotals
 from normbt_kernels.integrations.trainer_steps import LossInSteps
 from normbt_kernels.modules import LinearNormBTLoss, NormBTLoss
 
@@ -62,20 +62,18 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
     gives its own. The log says which form is used, and why.
 
     `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks. The `mu`
-    from before the step weighs them all, so accumulation does not change what is trained (`LossInSteps`).
-
-    Ranks: gradients are averaged over ranks as DDP and FSDP do; `mu` costs one reduction of two floats for each step.
-    By default accelerate (`even_batches`) gives every rank as many pairs, so gradients and `mu` are those of one
-    process on the joined batch. Each rank reads its own batches: `dispatch_batches` is turned off, because it would cut
-    a batch between chosen and rejected sequences.
+    from before the step weighs them all, so accumulation does not change what is trained. DDP and FSDP average the
+    gradients. By default accelerate (`even_batches`) gives every rank as many pairs, so gradients and `mu` are those of
+    one process on the joined batch. Each rank reads its own batches: `dispatch_batches` is turned off, because it would
+    cut a batch between chosen and rejected sequences.
 
     Logs `mu`, `mean_distance`, `min_weight`, `mean_weight`, `max_weight`, `bt_loss` (unweighted, comparable between
     losses), `accuracy` and `margin` over all pairs since the last log, with one copy to the host. Evaluation adds
     `eval_loss`, `eval_accuracy`, `eval_margin` and `eval_bt_loss`. Choose `eval_bt_loss` for `metric_for_best_model`:
     no mu weighs it, while `eval_loss` measures each checkpoint by its own mu. Between logs the host reads no loss:
     `logging_nan_inf_filter`, for which Trainer would read it, is turned off. If a loss is not finite, `bt_loss` shows
-    it and `loss` counts the one before. Every checkpoint holds the state of the loss: a resumed run continues with it,
-    and the best model is evaluated with it.
+    it, and `loss` counts the last finite one in its place. Every checkpoint holds the state of the loss: a resumed run
+    continues with it, and the best model is evaluated with it.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`; without a
@@ -119,7 +117,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         keep_identical: bool = False,
         late_pooling: bool = False,
         padding_free: bool = False,
-        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = pair_accuracy,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = PairAccuracy,
         **kwargs: Any,
     ):
         if isinstance(model, str | os.PathLike):
@@ -129,8 +127,8 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
             if processing_class is None:
                 raise ValueError("pass the tokenizer as processing_class, or a data_collator")
             data_collator = PreferenceCollator(tokenizer_of(processing_class))
-        if compute_metrics is pair_accuracy:
-            compute_metrics = PairAccuracy()
+        if compute_metrics is PairAccuracy:
+            compute_metrics = PairAccuracy()  # each trainer has its own, which may keep batches
         self._given_loss, self._shortcuts = loss, {"late_pooling": late_pooling, "padding_free": padding_free}
         super().__init__(
             model,

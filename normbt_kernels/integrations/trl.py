@@ -57,7 +57,7 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
     model is evaluated with it. Choose `eval_bt_loss` for `metric_for_best_model`.
 
     `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks. The `mu`
-    from before the step weighs them all, so accumulation does not change what is trained (`LossInSteps`).
+    from before the step weighs them all, so accumulation does not change what is trained.
 
     Args:
         *args, **kwargs: as the trainer takes them.
