@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.harness import print_table
-from normbt_kernels.files import write_whole
+from normbt_kernels.files import write_json
 
 NOT_MEASURED = "not measured"
 PAIRS = 65536
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in results.left_out:
         print(f"left out: {line}")
     content = {"device": results.device, "left_out": results.left_out, "rows": rows}
-    write_whole(folder / "goals.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(folder / "goals.json", content)
     return 0
 
 

@@ -33,7 +33,8 @@ from typing import Any
 
 import torch
 
-from bench.harness import RESULTS, default_device, describe_device, versions, write_whole
+from bench.harness import RESULTS, default_device, describe_device, versions
+from normbt_kernels.files import write_json
 
 TOTAL_SECONDS = 585  # a stage gets what is left of these, if that is less than its own limit
 ROOT = Path(__file__).resolve().parents[1]
@@ -308,8 +309,7 @@ class Run:
             "stages": [stage.describe() for stage in self.stages],
             **{name: json.loads(path.read_text()) if path.exists() else None for name, path in results.items()},
         }
-        text = json.dumps(summary, indent=1) + "\n"
-        write_whole(self.out / "summary.json", lambda path: path.write_text(text))
+        write_json(self.out / "summary.json", summary)
 
 
 def print_indented(path: Path, last: int | None = None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 
 import normbt_kernels
-from normbt_kernels.files import write_whole
-from normbt_kernels.results import aligned
+from normbt_kernels.files import write_json
+from normbt_kernels.results import aligned, write_figure
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -68,16 +67,18 @@ class Report:
     def save(self, results: dict[str, Any]) -> None:
         """Writes `<name>.json`: the environment, then `results`."""
         environment = self.environment | {"load_average_end": os.getloadavg()}
-        text = json.dumps({"environment": environment, **results}, indent=1, allow_nan=False) + "\n"
-        self._write(f"{self.name}.json", lambda path: path.write_text(text))
+        path = self.folder / f"{self.name}.json"
+        write_json(path, {"environment": environment, **results})
+        print(f"wrote {_relative(path)}")
 
     def save_figure(self, draw: Callable[[Any], Any]) -> None:
         """Writes `<name>.png`, which `draw(pyplot)` returns as a matplotlib figure."""
-        try:
-            import matplotlib
-        except ImportError:
-            print("no figure: matplotlib is not installed")
-            return
+        for path in write_figure(self.folder / f"{self.name}.png", lambda path: self._draw(draw, path)):
+            print(f"wrote {_relative(path)}")
+
+    def _draw(self, draw: Callable[[Any], Any], path: Path) -> None:
+        import matplotlib
+
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
@@ -87,12 +88,8 @@ class Report:
         versions = self.environment["versions"]
         label = f"{self.device['name']}, torch {versions['torch']}, {self.environment['date'][:10]}"
         figure.supxlabel(label, x=0.995, ha="right", fontsize=7, color="gray")
-        self._write(f"{self.name}.png", lambda path: figure.savefig(path, dpi=120))
+        figure.savefig(path, dpi=120)
         plt.close(figure)
-
-    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
-        write_whole(self.folder / name, write)
-        print(f"wrote {_relative(self.folder / name)}")
 
 
 def _relative(path: Path) -> Path:

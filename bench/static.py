@@ -47,9 +47,10 @@ from bench.ahead_of_time import TARGETS
 from bench.contenders import Case, Inputs, eager_normbt, ours, plain_bt
 from bench.harness import RESULTS, print_table
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, linear_normbt_loss, normbt_loss, pair_distance
-from normbt_kernels.files import write_whole
+from normbt_kernels.files import write_json
 from normbt_kernels.ops import backend
 from normbt_kernels.ops.pairs import RowPairs
+from normbt_kernels.results import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -390,23 +391,17 @@ def save(measured: Measured, path: Path) -> None:
             results = saved | {"targets": results["targets"]}
     else:
         results["targets"] = {triton.__version__: results["targets"]}
-    write_whole(path, lambda file: file.write_text(json.dumps(results, indent=1) + "\n"))
-    if not measured.entries:
-        return
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is not installed", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    write_whole(path.with_suffix(".png"), lambda file: draw(measured).savefig(file, dpi=120))
+    write_json(path, results)
+    if measured.entries:
+        write_figure(path.with_suffix(".png"), lambda file: draw(measured).savefig(file, dpi=120))
 
 
 def draw(measured: Measured) -> Figure:
     """Bars of bytes over the floor, one group for each entry."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(9, 0.6 * len(measured.entries) + 1), layout="constrained")
+    figure = Figure(figsize=(9, 0.6 * len(measured.entries) + 1), layout="constrained")
+    axes = figure.subplots()
     right = 5.0  # the few bars beyond it end there, and say how long they are
     bars = {"ours": "#1f6fb4", "eager": "#e08a3c", "bt": "#b0b0b0"}
     for bar, (contender, color) in enumerate(bars.items()):

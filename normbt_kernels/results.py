@@ -37,7 +37,7 @@ def write_results(
 
 
 def write_figure(path: Path, draw: Callable[[Path], None]) -> list[Path]:
-    """Has `draw` make the figure `path`, and returns the files written. Without matplotlib it says so and writes none."""
+    """Has `draw` make the figure `path`, and returns the files written: none without matplotlib, and it says so."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no figure: it needs matplotlib (pip install 'normbt-kernels[plot]')")
         return []
