@@ -51,6 +51,10 @@ def interval(value: dict[str, Any]) -> str:
     return f"{value['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+def slope_and_interval(slope: dict[str, float]) -> str:
+    return f"{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
+
+
 def difference(group: dict[str, Any], loss: str = "normbt", baseline: str = "bt") -> dict[str, Any]:
     (found,) = [row for row in group["difference"] if (row["loss"], row["baseline"]) == (loss, baseline)]
     return found
@@ -194,12 +198,10 @@ def pretrained_slopes() -> str:
     ]
     rows = []
     for row in diagnosed:
-        slope = row["slope"]
-        found = f"{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
         quarters = ", ".join(f"{of['slope']:.2f}" for of in row["slopes_by_error_quartile"])
         power = "none" if row["recommended_power"] is None else f"{row['recommended_power']:g}"
         where = (PRETRAINED[row["model"]], PRETRAINED[row["task"]], points[row["point"]])
-        rows.append([*where, f"{row['accuracy']:.2f}", found, quarters, power])
+        rows.append([*where, f"{row['accuracy']:.2f}", slope_and_interval(row["slope"]), quarters, power])
     return table(["model", "texts", "", "accuracy", "slope", "by quarter of error", "recommended power"], rows)
 
 
@@ -211,18 +213,16 @@ def slopes() -> str:
     for part, of_part in diagnosis["slopes"].items():
         for loss, slope in of_part.items():
             share = shares[part][loss]
-            found = f"{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
             name = LABELS.get(loss, f"NormBT, power {diagnosis['powers'][loss]:g}")
-            rows.append([part, name, found, f"{share[0]:.0%}", f"{share[-1]:.0%}"])
+            rows.append([part, name, slope_and_interval(slope), f"{share[0]:.0%}", f"{share[-1]:.0%}"])
     return table(["gradient of", "loss", "slope", "share of the closest quarter", "of the farthest"], rows)
 
 
 def slopes_by_error() -> str:
     """Whether one slope describes all pairs: BT's backbone, quarter by quarter of the prediction error."""
-    diagnosis = results("diagnosis/diagnosis.json")
-    quarters = diagnosis["slopes_by_error_quartile"]
-    cells = [f"{of['slope']:.2f} [{of['low']:.2f}, {of['high']:.2f}]" for of in quarters]
-    return table(["least error", "second quarter", "third quarter", "largest error"], [cells])
+    quarters = results("diagnosis/diagnosis.json")["slopes_by_error_quartile"]
+    header = ["least error", "second quarter", "third quarter", "largest error"]
+    return table(header, [map(slope_and_interval, quarters)])
 
 
 # --- README's figures ----------------------------------------------------------------------------------------------

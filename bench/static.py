@@ -3,7 +3,7 @@
     python -m bench static                          tables
     python -m bench static --json                   one JSON object
     python -m bench static --check                  fail if a figure breaks a limit or is worse than the saved one
-    python -m bench static --out bench/results      write static.json and static.png: what --check holds later ones to
+    python -m bench static --out bench/results      write static.json and static.png, the saved figures of --check
 
 Bytes and launches are counted as executed (bench/count.py): the Triton kernels in Triton's interpreter, access by
 access, and every PyTorch operator around them at the dispatcher, forward and backward. Beside them stand the floor,
@@ -13,7 +13,7 @@ GPU with 132 multiprocessors. P is large enough that what each of the 264 progra
 rows; at smaller P it is not, which the figures without a limit show.
 
 Registers, spilled bytes, shared memory and load widths are read from the code that the compiler makes for each target
-(bench/ahead_of_time.py). They depend on the version of Triton, so each version has figures of its own to be held to.
+(bench/ahead_of_time.py). They depend on the version of Triton, so each version has saved figures of its own.
 
 Limits: bytes 1.05x the floor, 2 launches forward and 2 backward (EMA update and statistics included), no spills,
 16 bytes or more per load of aligned rows. Where the mean is the batch's own, bytes 2.1x and 5 launches forward: once in
@@ -352,7 +352,7 @@ def broken_limits(measured: Measured) -> list[str]:
 
 
 def regressions(measured: Measured, saved: dict[str, Any]) -> list[str]:
-    """Each figure that is worse than the saved one, and each that has none to be held to."""
+    """Each figure that is worse than the saved one, and each without a saved one."""
     how_to_save = "(python -m bench static --out bench/results)"
     worse = []
     saved_counts = saved["entries"] | saved["details"]["without_limit"]

@@ -222,6 +222,15 @@ def test_odd_batch_is_refused_before_anything_changes(tokenizer, tmp_path):
     assert trainer.pair_loss.num_updates == 0
 
 
+def test_a_weight_that_a_collator_gives_multiplies_the_loss_of_its_pair(tokenizer, tmp_path):
+    trainer = make_trainer(NormBTRewardTrainer, make_model().eval(), tokenizer, tmp_path, make_dataset(4))
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+    loss, twice = (
+        trainer.compute_loss(trainer.model, batch | {"pair_weight": torch.full((4,), weight)}) for weight in (1.0, 2.0)
+    )
+    torch.testing.assert_close(twice, 2 * loss)
+
+
 def test_forward_that_skips_the_head_found_is_refused(tokenizer, tmp_path):
     model = make_model()
     trainer = make_trainer(NormBTRewardTrainer, model, tokenizer, tmp_path, make_dataset(4))

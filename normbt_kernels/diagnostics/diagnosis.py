@@ -16,7 +16,7 @@ PARTS = ("head", "backbone")
 QUARTILES = (0.25, 0.5, 0.75)
 FEWEST_PAIRS = 10  # to which a slope is fitted
 # The slopes within quarters of the pairs by error may differ from that of all by this much beyond their intervals, on
-# average over the gradient that the quarters receive. Slope 0.25: twice as far, 1.2 times the gradient.
+# average over the gradient that the quarters receive. At slope 0.25 a pair twice as far apart has 1.2 times as much.
 TOLERANCE = 0.25
 
 

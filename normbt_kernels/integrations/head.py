@@ -151,9 +151,10 @@ class HeadReader:
         hidden (N, S, H) -> rows (N, H)    decoders: at the token that the model scores, as `ModelInputs` finds it
         hidden (N, H)    -> unchanged      the head sees rows that are pooled already
 
-    In the first 16 passes it compares the model's own rewards with those that the head gives for these rows: one pass
-    may have no padding, where the last position is the last token. It refuses a model that pools in another way, since
-    training would use other distances and rewards than the saved model has. The host waits for the device there.
+    In the first 16 passes it compares the model's own rewards with those that the head gives for these rows, and
+    refuses a model that pools in another way: training would use other distances and rewards than the saved model has.
+    One pass would not be enough, because without padding the last position is the last token. The host waits for the
+    device in these comparisons.
 
     The hooks are registered once: torch.compile traces hooks when it first compiles and never looks for new ones.
 

@@ -14,7 +14,7 @@ from normbt_kernels.functional import NormBTStats
 
 class PairAccuracy:
     """`accuracy`: the share of pairs whose chosen reward is strictly greater; `margin`: the mean difference; `bt_loss`:
-    the plain Bradley-Terry loss. No mu weighs it, so it compares checkpoints.
+    the plain Bradley-Terry loss, which can be compared between checkpoints because no mu weighs it.
 
     It takes all predictions at once, as one array or as a list of batches (`eval_do_concat_batches=False`), or one
     batch after the other (`batch_eval_metrics=True`), the last with `compute_result=True`.

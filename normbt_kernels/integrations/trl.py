@@ -141,7 +141,7 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of one batch `{input_ids (2B, S), attention_mask (2B, S), margin (B,)?}`, with the model's outputs
-        if asked for."""
+        if asked for. A collator of your own may also give `pair_weight` `(B,)`, which TRL's does not."""
         outputs, rows = self._outputs_and_rows(model, inputs)
         self.pair_loss.train(self.model.training)  # evaluation does not move mu
         constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
