@@ -122,7 +122,7 @@ def test_the_right_answer_comes_first():
         (rm_bench.parse, RM | {"chosen": ["w2"]}, "needs 3 styles on both sides, got 1 and 3"),
         (judgebench.parse, JUDGE | {"label": "tie"}, "'label' must be one of A>B, B>A, got 'tie'"),
         (judgebench.parse, JUDGE | {"source": "mine"}, "'source' must begin with one of mmlu-pro"),
-        (judgebench.parse, ["w1"], "no column 'source' (columns: list)"),
+        (judgebench.parse, ["w1"], "not an object with columns, but list"),
     ],
 )
 def test_a_row_of_something_else_is_refused_by_name(parse, row, words):

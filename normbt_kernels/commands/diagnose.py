@@ -51,10 +51,7 @@ def run(options: DiagnoseOptions) -> None:
     rows, remarks = checked_rows(pairs, tokenizer, limit if options.truncate else None)
     for line in remarks:
         print(line)
-    if not LeftOut(limit).told(rows)[0]:
-        raise UserError(
-            f"all {len(rows)} pairs are longer than {limit} tokens (--max-length), or the same on both sides"
-        )
+    LeftOut(limit).told(rows)  # refuses data of which no pair is left, before the model is loaded
     set_seed(SEED)  # for a new head, if the checkpoint has none
     if built_in is not None:
         classifier = _half_trained(built_in, tokenizer, options.device).to(getattr(torch, options.dtype))

@@ -16,7 +16,7 @@ from numbers import Real
 from typing import Any
 
 from normbt_kernels.data import STDLIB_FAULTS
-from normbt_kernels.data.rows import read_rows
+from normbt_kernels.data.rows import check_columns, read_rows
 from normbt_kernels.errors import UserError
 
 Message = dict[str, Any]  # role, content, and anything else that the chat template reads (tool_calls, ...)
@@ -66,7 +66,10 @@ def load_preferences(
     pairs = []
     for number, row in read_rows(source, config, split):
         where = f"{source}, row {number}"
-        pairs.append((parse or parse_row)(_renamed(row, columns or {}, where), where))
+        if columns:
+            check_columns(row, columns.values(), where)
+            row = row | {ours: row[theirs] for ours, theirs in columns.items()}
+        pairs.append((parse or parse_row)(row, where))
     if not pairs:
         raise UserError(f"{source}: no rows")
     for name in OPTIONAL_COLUMNS:
@@ -74,15 +77,6 @@ def load_preferences(
         if missing and len(missing) < len(pairs):
             raise UserError(f"{missing[0]}: no {name}, but other rows have one")
     return pairs
-
-
-def _renamed(row: Any, columns: Mapping[str, str], where: str) -> Any:
-    if not isinstance(row, dict):
-        return row
-    for theirs in columns.values():
-        if theirs not in row:
-            raise UserError(f"{where}: no column {theirs!r} (columns: {', '.join(map(str, row)) or 'none'})")
-    return row | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 # --- one row -------------------------------------------------------------------------------------------------------
@@ -99,11 +93,7 @@ def parse_row(row: Any, where: str) -> Preference:
     Raises:
         UserError: the row is not a preference pair; the message names `where`.
     """
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not an object with columns, but {type(row).__name__}")
-    for name in ("chosen", "rejected"):
-        if name not in row:
-            raise UserError(f"{where}: no column {name!r} (columns: {', '.join(map(str, row)) or 'none'})")
+    check_columns(row, ("chosen", "rejected"), where)
     row = _without_none(row)
     chosen, rejected = (_text_or_messages(row.get(name), name, where) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,15 @@ def read_rows(source: str, config: str | None, split: str) -> Rows:
     if path.is_file():
         raise UserError(f"{source}: not one of {', '.join(READERS)}")
     return _read_hub(source, config, split)
+
+
+def check_columns(row: Any, names: Iterable[str], where: str) -> None:
+    """Raises UserError naming `where` if `row` is not an object with these columns."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not an object with columns, but {type(row).__name__}")
+    for name in names:
+        if name not in row:
+            raise UserError(f"{where}: no column {name!r} (columns: {', '.join(map(str, row)) or 'none'})")
 
 
 def _open(path: Path) -> IO[bytes]:

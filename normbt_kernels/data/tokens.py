@@ -175,11 +175,18 @@ class LeftOut:
             if verdict in verdicts
         ]
 
-    def told(self, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-        """The kept pairs, and the reasons why others are left out."""
+    def told(self, rows: Sequence[Row], kind: str = "pairs") -> tuple[list[Row], list[str]]:
+        """The kept pairs, and the reasons why others are left out.
+
+        Raises:
+            UserError: no pair is left; the message calls the pairs `kind`.
+        """
         verdicts = [self.verdict(row) for row in rows]
         kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict == "kept"]
-        return kept, self.reasons(verdicts)
+        reasons = self.reasons(verdicts)
+        if not kept:
+            raise UserError(f"none of the {kind} is left: {' and '.join(reasons)} (--max-length)")
+        return kept, reasons
 
 
 def cut(row: Row, max_length: int, side: str) -> dict[str, Any]:
@@ -234,7 +241,5 @@ def prepare(
         UserError: as `checked_rows`; or no pair is left.
     """
     rows, remarks = checked_rows(pairs, tokenizer, left_out.max_length if truncate else None, kind)
-    kept, reasons = left_out.told(rows)
-    if not kept:
-        raise UserError(f"none of the {kind} is left: {' and '.join(reasons)} (--max-length)")
+    kept, reasons = left_out.told(rows, kind)
     return Prepared(kept, reasons, remarks)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from normbt_kernels.data.rows import check_columns
 from normbt_kernels.errors import UserError
 
 
@@ -71,12 +72,9 @@ def column(row: dict[str, Any], name: str, kind: type, where: str) -> Any:
     Raises:
         UserError: it is missing, or of another type, or a list that holds something else than texts.
     """
-    if not isinstance(row, dict) or name not in row:
-        columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where}: no column {name!r} (columns: {columns})")
+    check_columns(row, [name], where)
     value = row[name]
-    is_right = isinstance(value, kind) and not isinstance(value, bool)
-    if not is_right or (kind is list and not all(isinstance(answer, str) for answer in value)):
+    if not isinstance(value, kind) or (kind is list and not all(isinstance(answer, str) for answer in value)):
         expected = "a list of texts" if kind is list else kind.__name__
         raise UserError(f"{where}: {name!r} must be {expected}, got {value!r:.80}")
     return value

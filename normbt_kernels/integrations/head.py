@@ -19,6 +19,10 @@ KEEP_THE_FORWARD = (
     "by that of a language model, which needs an lm_head: pass liger_kernel_config={'fused_linear_cross_entropy': "
     "False} to keep Liger's other kernels"
 )
+CANNOT_FOLLOW = (
+    "a patched forward (Liger, Unsloth) that scores by itself cannot be followed, nor can a head whose adapter is not "
+    "active"
+)
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,7 @@ class HeadReader:
         rows, scored = self._rows, self._scored
         self._expected = self._tokens = self._rows = self._scored = None
         if rows is None:
-            raise UserError(
-                f"the forward of the model did not call its scalar head {self._name!r}: a patched forward that scores "
-                "by itself cannot be followed, nor can a head whose adapter is not the active one"
-            )
+            raise UserError(f"the forward of the model did not call its scalar head {self._name!r}: {CANNOT_FOLLOW}")
         if rewards.numel() != len(rows):
             raise UserError(
                 f"expected one reward for each of {len(rows)} sequences, got logits {tuple(rewards.shape)}: load the "
@@ -316,10 +317,7 @@ class ModelInputs:
 
     def _end(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.take() and owner.training and torch.is_grad_enabled():
-            raise UserError(
-                f"the forward of {type(owner).__name__} did not call its scalar head: a patched forward (Liger, "
-                "Unsloth) that scores by itself cannot be followed, nor can a head whose adapter is switched off"
-            )
+            raise UserError(f"the forward of {type(owner).__name__} did not call its scalar head: {CANNOT_FOLLOW}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelInputs:
         # A copy of the head alone (peft's modules_to_save) stays in this model; a copy of the model is another one.

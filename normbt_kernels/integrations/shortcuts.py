@@ -55,7 +55,7 @@ def install_shortcuts(model: nn.Module, *, late_pooling: bool = False, padding_f
     head = find_head(model)
     if head.owner is None:
         raise UserError(
-            f"no module of {type(model).__name__} around its head takes input_ids, with which shortcuts begin"
+            f"no module of {type(model).__name__} around its head takes input_ids, which the shortcuts need"
         )
     if hasattr(head.owner, "normbt_shortcuts"):
         raise UserError(f"this {type(head.owner).__name__} has shortcuts already: call remove_shortcuts(model) first")
