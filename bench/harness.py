@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import re
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 
 import normbt_kernels
+from normbt_kernels._version import installed
+from normbt_kernels.errors import first_line
 from normbt_kernels.files import write_json
 from normbt_kernels.results import aligned, write_figure
 
@@ -141,17 +142,10 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "triton": _installed("triton"),
-        "transformers": _installed("transformers"),
+        "triton": installed("triton"),
+        "transformers": installed("transformers"),
         "python": platform.python_version(),
     }
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
@@ -177,5 +171,4 @@ def _cell(value: Any) -> str:
 
 def error_text(error: Exception) -> str:
     """A failed contender's entry in the results: the kind of error and its first line."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:300]
+    return f"{type(error).__name__}: {first_line(error)}"[:300]

@@ -13,12 +13,11 @@ import os
 import platform
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 
 import torch
 from torch import Tensor
 
-from normbt_kernels._version import __version__
+from normbt_kernels._version import __version__, installed
 from normbt_kernels.functional import linear_normbt_loss, normbt_loss, pair_distance
 from normbt_kernels.modules import DistanceEMA, LinearNormBTLoss, NormBTLoss
 from normbt_kernels.ops.backend import backend_name
@@ -41,18 +40,11 @@ def environment() -> str:
     """Versions, and each device with the backend that serves it."""
     lines = [f"{'normbt-kernels':16}{__version__}", f"{'python':16}{platform.python_version()} ({platform.platform()})"]
     for name in ("torch", "triton", "transformers", "accelerate", "trl", "peft", "datasets", "matplotlib"):
-        lines.append(f"{name:16}{_version(name)}")
+        lines.append(f"{name:16}{installed(name) or 'not installed'}")
     for device in _devices():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
         lines.append(f"{device!s:16}{name}, backend: {backend_name(device)}")
     return "\n".join(lines)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _devices() -> list[torch.device]:
