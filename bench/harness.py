@@ -18,7 +18,6 @@ import torch
 
 import normbt_kernels
 from normbt_kernels._version import installed
-from normbt_kernels.errors import first_line
 from normbt_kernels.files import write_json
 from normbt_kernels.results import aligned, write_figure
 
@@ -171,4 +170,5 @@ def _cell(value: Any) -> str:
 
 def error_text(error: Exception) -> str:
     """A failed contender's entry in the results: the kind of error and its first line."""
-    return f"{type(error).__name__}: {first_line(error)}"[:300]
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:300]
