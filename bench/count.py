@@ -34,7 +34,7 @@ from triton.runtime import interpreter
 
 HOST_READ = torch.ops.aten._local_scalar_dense.default
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
-# What these leave behind does not depend on what was there.
+# These overwrite their tensor without reading it.
 OVERWRITES = {"copy_", "fill_", "zero_", "random_", "uniform_", "normal_"}
 # These touch as much of their first argument as they yield, not the whole of it.
 GATHERS = {"index", "index_select", "gather", "embedding"}

@@ -3,7 +3,7 @@
 Each stage is a process of its own with a time limit of its own, and fails by itself. First the checks, all at once,
 since no time is measured; then the measurements, one after the other and alone on the GPU. What is not installed is not
 needed: the stage that wants it says "skipped". FOLDER/summary.json is written anew, whole, whenever a stage begins or
-ends, so it tells how far a run came that was killed.
+ends, so it shows how far a killed run came.
 
     FOLDER/summary.json        every stage, each device check, the training comparison, the goals
     FOLDER/*.json, *.png       what `python -m bench all --quick` measured

@@ -6,18 +6,18 @@
     python -m bench static --out bench/results      write static.json and static.png, the saved figures of --check
 
 Bytes and launches are counted as executed (bench/count.py): the Triton kernels in Triton's interpreter, access by
-access, and every PyTorch operator around them at the dispatcher, forward and backward. Beside them stand the floor,
-the fewest bytes that the rows and their gradient can take, and what the same step moves in PyTorch: the reference as
-it is written, NormBT and plain BT as a careful user writes them, all under autograd. The launch shapes are those of a
-GPU with 132 multiprocessors. P is large enough that what each of the 264 programs leaves behind is small beside the
-rows; at smaller P it is not, which the figures without a limit show.
+access, and every PyTorch operator around them at the dispatcher, forward and backward. The tables also have the floor,
+which is the fewest bytes that the rows and their gradient can take, and what the same step moves in PyTorch: the
+reference as it is written, NormBT and plain BT as a careful user writes them, all under autograd. The launch shapes are
+those of a GPU with 132 multiprocessors. P is so large that what each of the 264 programs leaves behind is small beside
+the rows. The figures without a limit show smaller P, where it is not.
 
 Registers, spilled bytes, shared memory and load widths are read from the code that the compiler makes for each target
 (bench/ahead_of_time.py). They depend on the version of Triton, so each version has saved figures of its own.
 
 Limits: bytes 1.05x the floor, 2 launches forward and 2 backward (EMA update and statistics included), no spills,
-16 bytes or more per load of aligned rows. Where the mean is the batch's own, bytes 2.1x and 5 launches forward: once in
-a run, if a module has the EMA. Explicit pairs are sorted in backward: 7 launches. (An operator counts as one.)
+16 bytes or more per load of aligned rows. With the batch's own mean, which a module with an EMA takes once in a run:
+bytes 2.1x, and 5 launches forward. Explicit pairs are sorted in backward: 7 launches. (An operator counts as one.)
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Entry:
 
 
 def entries() -> dict[str, Entry]:
-    """Every entry point. What it holds is used once: modules change as they run."""
+    """Every entry point, to be run once: its modules change as they run."""
 
     def case(kind: str, num_pairs: int, hidden_size: int, sequence_length: int = 1) -> Case:
         return Case(kind, num_pairs, hidden_size, torch.bfloat16, sequence_length)
@@ -196,7 +196,7 @@ def count_entry(entry: Entry) -> dict[str, Any]:
 def count_for_parent() -> None:
     """The worker: reads the names of entries from stdin, and answers each with its count in one line of JSON."""
     steps = entries()
-    # On a GPU the values of `pairs` and `last_token` are not looked at.
+    # As on a GPU, where nobody looks at the values of `pairs` and `last_token`.
     with (
         patch.object(backend, "INTERPRETED_MULTIPROCESSORS", MULTIPROCESSORS),
         patch.object(RowPairs, "check_range", lambda rows: None),

@@ -135,7 +135,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def notes(report: Mapping[str, Any], items: str) -> list[str]:
-    """What is to be said below a table of scores; `items` are what the model was judged on."""
+    """The lines below a table of scores; `items` names what the model was judged on."""
     lines = []
     if report["num_left_out"]:
         lines.append(f"Left out {report['num_left_out']} {items} longer than {report['max_length']} tokens.")
