@@ -269,7 +269,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         parser.add_argument(flag(option.name), default=option.default, **kwargs)
 
 
-def chosen(options: type[Options], arguments: argparse.Namespace) -> Options:
+def options_from(arguments: argparse.Namespace, options: type[Options]) -> Options:
     """The options of one command, from the parsed command line."""
     return options(**{option.name: getattr(arguments, option.name) for option in fields(options)})
 

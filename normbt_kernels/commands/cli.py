@@ -21,9 +21,9 @@ from normbt_kernels.commands.arguments import (
     TrainOptions,
     add_options,
     check_train_options,
-    chosen,
     flag,
     normalize_flags,
+    options_from,
 )
 from normbt_kernels.errors import UserError, first_line
 from normbt_kernels.files import check_folder, check_new_file, disk_trouble, free_path
@@ -155,41 +155,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"normbt-kernels {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    def add(name: str, command: Callable[..., int], help: str, **texts: Any) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Callable[..., int], help: str, options: type | None = None, **texts: Any
+    ) -> argparse.ArgumentParser:
         # No abbreviations: one could also stand for an option of Trainer's.
         texts |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         added = commands.add_parser(name, help=help, **texts)
         added.set_defaults(command=command)
+        if options is not None:
+            add_options(added, options)
         return added
 
     train = add(
         "train",
         _train,
         "train a reward model; without arguments, a one-minute comparison of BT and NormBT",
+        TrainOptions,
         usage="normbt train [--model PATH|ID --dataset PATH|ID --output-dir DIR] [options]",
         description=TRAIN_DESCRIPTION,
         epilog=TRAIN_EPILOG,
     )
-    add_options(train, TrainOptions)
     train.add_argument("--help-trainer", action="store_true", help="list all options of transformers.TrainingArguments")
-    evaluate = add(
+    add(
         "evaluate",
         _evaluate,
         "accuracy of a reward model on preference pairs, by subset and by section of RewardBench",
+        EvaluateOptions,
         usage="normbt evaluate MODEL [--dataset PATH|ID] [options]",
         description=EVALUATE_DESCRIPTION,
         epilog=EVALUATE_EPILOG,
     )
-    add_options(evaluate, EvaluateOptions)
-    diagnose = add(
+    add(
         "diagnose",
         _diagnose,
         "which of your pairs receive the gradient of your model, under BT and under NormBT",
+        DiagnoseOptions,
         usage="normbt diagnose [--model PATH|ID] [--dataset PATH|ID] [options]",
         description=DIAGNOSE_DESCRIPTION,
         epilog=DIAGNOSE_EPILOG,
     )
-    add_options(diagnose, DiagnoseOptions)
     export = add(
         "export",
         _export,
@@ -218,7 +222,7 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
     if arguments.help_trainer:
         _trainer_parser().print_help()
         return 0
-    options = chosen(TrainOptions, arguments)
+    options = options_from(arguments, TrainOptions)
     check_train_options(options)
     built_in = find_built_in(options.dataset) if options.model is None else None
     if built_in is None and None in (options.model, options.dataset):
@@ -294,7 +298,7 @@ def _evaluate(arguments: argparse.Namespace, others: list[str]) -> int:
     _check_extra()
     from normbt_kernels.commands import benchmark, evaluate
 
-    options = _checked(chosen(EvaluateOptions, arguments))
+    options = _checked(options_from(arguments, EvaluateOptions))
     command = benchmark if options.benchmark in benchmark.BENCHMARKS else evaluate
     command.run(options)
     return 0
@@ -304,7 +308,7 @@ def _diagnose(arguments: argparse.Namespace, others: list[str]) -> int:
     _check_extra()
     from normbt_kernels.commands import diagnose
 
-    options = chosen(DiagnoseOptions, arguments)
+    options = options_from(arguments, DiagnoseOptions)
     diagnose.run(_checked(replace(options, out=options.out or free_path(Path("normbt-diagnosis.json")))))
     return 0
 

@@ -98,10 +98,10 @@ def begin(folder: Path, made_from: dict[str, Any]) -> None:
 
 def made_from(options: TrainOptions, args: TrainingArguments, **fingerprints: str) -> dict[str, Any]:
     """Everything that determines a training run, as plain JSON values."""
-    chosen = asdict(options) | args.to_dict() | fingerprints
+    facts = asdict(options) | args.to_dict() | fingerprints
     if options.learning_rate is not None:
-        chosen["learning_rate"] = options.learning_rate[0] if len(options.learning_rate) == 1 else options.learning_rate
-    return json.loads(json.dumps({name: value for name, value in chosen.items() if name not in FREE}, default=str))
+        facts["learning_rate"] = options.learning_rate[0] if len(options.learning_rate) == 1 else options.learning_rate
+    return json.loads(json.dumps({name: value for name, value in facts.items() if name not in FREE}, default=str))
 
 
 def save_finished(folder: Path, trained: Trained) -> None:

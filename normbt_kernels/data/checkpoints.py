@@ -309,14 +309,14 @@ def add_lora(model: nn.Module, rank: int, alpha: int | None, targets: Sequence[s
         raise UserError("--lora-r needs peft: pip install peft") from error
     if isinstance(model, PeftModel):
         raise UserError("--model is an adapter already, and its training continues: leave out --lora-r")
-    chosen = targets[0] if targets is not None and len(targets) == 1 and targets[0] == "all-linear" else targets
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    )
     try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=chosen
-            ),
-        )
+        return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--lora-target: {first_line(error)}") from error
 
