@@ -82,8 +82,8 @@ class TrainOptions:
     output_dir: str | None = _text(
         "folder for models and results, which must not hold results already; required with --model", "DIR"
     )
-    dataset_config: str | None = _text("configuration of a hub dataset that has several", "NAME")
-    dataset_split: str = _option("train", "split of a hub dataset to train on", metavar="NAME")
+    dataset_config: str | None = _text("configuration of a hub data set that has several", "NAME")
+    dataset_split: str = _option("train", "split of a hub data set to train on", metavar="NAME")
     eval_dataset: str | None = _text(
         "held-out pairs, as --dataset; without it, a random share of --dataset is held out", "PATH|ID"
     )
@@ -193,7 +193,7 @@ def check_train_options(options: TrainOptions) -> None:
 _DATASET = (
     ".json, .jsonl, .csv (each also .gz) or .parquet file, a hub id, or stdlib-faults; columns as for normbt train"
 )
-_CONFIG = "configuration of a hub dataset that has several"
+_CONFIG = "configuration of a hub data set that has several"
 _MAX_LENGTH = "pairs with a sequence of more tokens are left out, and counted"
 _TRUNCATE = "cut long sequences at --max-length instead of leaving them out"
 _BATCH_SIZE = "pairs per forward pass"
@@ -215,7 +215,7 @@ class EvaluateOptions:
     )
     dataset: str | None = _text(f"{_DATASET} (default: the built-in held-out pairs)", "PATH|ID")
     dataset_config: str | None = _text(_CONFIG, "NAME")
-    dataset_split: str | None = _text("split of a hub dataset (default: that of the benchmark)", "NAME")
+    dataset_split: str | None = _text("split of a hub data set (default: that of the benchmark)", "NAME")
     max_length: int | None = _count(None, f"{_MAX_LENGTH} (default: the tokenizer's own limit)")
     truncate: bool = _switch(_TRUNCATE)
     batch_size: int = _count(16, _BATCH_SIZE)
@@ -237,7 +237,7 @@ class DiagnoseOptions:
     gguf_file: str | None = _text("GGUF file in --model, for its weights (needs gguf)", "FILE")
     dataset: str | None = _text(f"{_DATASET} (default: the built-in held-out pairs)", "PATH|ID")
     dataset_config: str | None = _text(_CONFIG, "NAME")
-    dataset_split: str = _option("train", "split of a hub dataset", metavar="NAME")
+    dataset_split: str = _option("train", "split of a hub data set", metavar="NAME")
     num_gradients: int = _count(256, "pairs whose backbone gradient is measured, spread evenly by distance")
     max_length: int = _count(2048, _MAX_LENGTH)
     truncate: bool = _switch(_TRUNCATE)
