@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from normbt_kernels.data.tokens import CONSTANTS
-from normbt_kernels.functional import pair_distance
+from normbt_kernels.functional import NormBTStats, pair_distance
 from normbt_kernels.integrations.apply import applied_to
 from normbt_kernels.integrations.head import HeadReader, logits_of
 from normbt_kernels.modules import DistanceEMA
@@ -38,6 +38,17 @@ class LossInSteps:
         self.head_reader.expect(inputs["input_ids"])
         outputs = model(**{name: value for name, value in inputs.items() if name not in CONSTANTS})
         return outputs, self.head_reader.take(logits_of(outputs))
+
+    def _terms(self, outputs: Any, rows: Tensor) -> tuple[Tensor, ...]:
+        """What the loss reads of the model: its own rewards, and the rows for their distances."""
+        return *logits_of(outputs).reshape(len(rows)).chunk(2), *rows.detach().chunk(2)
+
+    def _loss_outputs_stats(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any, NormBTStats]:
+        outputs, rows = self._outputs_and_rows(model, inputs)
+        constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
+        self.pair_loss.train(model.training)  # evaluation does not move mu
+        loss, stats = self.pair_loss(*self._terms(outputs, rows), **constants, return_stats=True)
+        return loss, outputs, stats
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`.

@@ -29,10 +29,9 @@ from normbt_kernels.data.checkpoints import (
     vocabulary_size,
 )
 from normbt_kernels.data.collator import PreferenceCollator
-from normbt_kernels.data.tokens import CONSTANTS, LeftOut
-from normbt_kernels.functional import NormBTStats
+from normbt_kernels.data.tokens import LeftOut
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import HeadReader, find_head, logits_of, refuse_fused_liger, text_config
+from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger, text_config
 from normbt_kernels.integrations.pooled_head import PooledHead
 from normbt_kernels.integrations.shortcuts import install_shortcuts, packing_for
 from normbt_kernels.integrations.trainer_data import PairsInTrainer
@@ -226,16 +225,8 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
             self._totals.add(stats)
         return (loss, outputs) if return_outputs else loss
 
-    def _loss_outputs_stats(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any, NormBTStats]:
-        outputs, rows = self._outputs_and_rows(model, inputs)
-        constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
-        self.pair_loss.train(model.training)  # evaluation does not move mu
-        if self.fused:
-            terms = (rows, self.head.weight, self.head.bias)
-        else:
-            terms = (*logits_of(outputs).reshape(len(rows)).chunk(2), *rows.detach().chunk(2))
-        loss, stats = self.pair_loss(*terms, **constants, return_stats=True)
-        return loss, outputs, stats
+    def _terms(self, outputs: Any, rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows, self.head.weight, self.head.bias) if self.fused else super()._terms(outputs, rows)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`; returns the loss to be logged, or the last one that was finite."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 from trl import RewardTrainer
 
-from normbt_kernels.data.tokens import CONSTANTS, is_identical
+from normbt_kernels.data.tokens import is_identical
 from normbt_kernels.errors import UserError
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
@@ -142,10 +142,7 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of one batch `{input_ids (2B, S), attention_mask (2B, S), margin (B,)?}`, with the model's outputs
         if asked for. A collator of your own may also give `pair_weight` `(B,)`, which TRL's does not."""
-        outputs, rows = self._outputs_and_rows(model, inputs)
-        self.pair_loss.train(self.model.training)  # evaluation does not move mu
-        constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
-        loss, stats = self.pair_loss(*outputs.logits.chunk(2), *rows.detach().chunk(2), **constants, return_stats=True)
+        loss, outputs, stats = self._loss_outputs_stats(model, inputs)
         self._keep_metrics(stats, inputs["attention_mask"])
         return (loss, outputs) if return_outputs else loss
 
