@@ -18,7 +18,8 @@ from normbt_kernels.modules import DistanceEMA
 
 
 class LossInSteps:
-    """A base class to name before `Trainer`: it moves the mu of `self.pair_loss` once for each optimizer step.
+    """A base class to name before `Trainer`: it computes the loss of a batch with `self.head_reader` and
+    `self.pair_loss`, and moves mu once for each optimizer step.
 
     The mu from before a step weighs all its pairs. The first step has no mu yet. If it has several micro-batches, the
     model reads them all once beforehand, without gradients and with the random numbers of the pass that trains, and
