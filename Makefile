@@ -6,21 +6,32 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 # The tests' workers are processes: one thread each keeps them from fighting for the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# The first import of a library writes its bytecode. Without it, each process would take 20 s longer to import them.
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-fast static lint docs package clean
+.PHONY: demo test test-interpreted test-others test-fast static lint docs package clean
 
 demo: $(VENV)/.installed
 	$(BIN)/normbt train
 
-# One worker takes a whole file, since its tests share what they train; distributed/ and kernels/, the longest, come first.
+# Side by side: the shorter half is one process more than there are workers, and fills the gaps that they leave.
 test: $(VENV)/.installed-dev
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
-	$(PYTEST) --dist loadscope --no-loadscope-reorder tests
+	$(MAKE) --jobs=2 test-interpreted test-others
+
+# What it prints is kept until its end, not to be mixed with what the others print.
+test-interpreted: $(VENV)/.installed-dev
+	mkdir -p build
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels > build/test-interpreted.log 2>&1; status=$$?; \
+	cat build/test-interpreted.log; exit $$status
+
+# One worker takes a whole file, since its tests share what they train; distributed/ and kernels/, the longest, come first.
+test-others: $(VENV)/.installed-dev
+	$(PYTEST) -n $(WORKERS) --dist loadscope --no-loadscope-reorder tests
 
 # Between two edits: without the kernels' interpreter, and without what starts processes, compiles or trains for seconds.
 test-fast: $(VENV)/.installed-dev
-	$(PYTEST) --dist loadscope --no-loadscope-reorder -m "not slow" tests
+	$(PYTEST) -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not slow" tests
 
 # Some entries and one target, in a minute or two; all of them take a quarter of an hour: python -m bench static --check
 static: $(VENV)/.installed-dev

@@ -17,6 +17,10 @@ def _nothing_before_a_test_is_its_garbage():
     gc.freeze()
 
 
+def pytest_collection_finish():
+    gc.freeze()
+
+
 def pytest_sessionfinish():
     gc.freeze()
 

@@ -225,9 +225,9 @@ def run_cli(*arguments):
 
 @pytest.fixture(scope="module")
 def built_in(tmp_path_factory):
-    """`normbt diagnose` as it stands, in its own process."""
+    """`normbt diagnose`, in its own process."""
     folder = tmp_path_factory.mktemp("built_in")
-    process = Command("normbt_kernels", "diagnose", cwd=folder)
+    process = Command("tests.diagnosis_of_few_pairs", cwd=folder)
     assert process.wait() == 0, process.errors
     return folder, process, json.loads((folder / "normbt-diagnosis.json").read_text())
 
@@ -239,7 +239,7 @@ def test_on_the_built_in_model_the_heads_slope_is_1_under_bt_and_0_under_normbt(
     assert head["bt"]["slope"] == 1
     assert head["bt"]["high"] - head["bt"]["low"] <= 0.0002
     assert head["normbt"]["slope"] == pytest.approx(0, abs=2e-3)  # a pair or two reach the cap
-    assert head["bt"]["num_pairs"] == head["normbt"]["num_pairs"] == 2000
+    assert head["bt"]["num_pairs"] == head["normbt"]["num_pairs"] == 1000
     # Measured, not known: but the gradient of the backbone grows with the distance, and its interval says how sure.
     assert 0 < backbone["bt"]["low"] < backbone["bt"]["slope"] < backbone["bt"]["high"]
     assert backbone["normbt"]["slope"] == pytest.approx(backbone["bt"]["slope"] - 1, abs=2e-3)
@@ -275,7 +275,7 @@ def test_the_built_in_diagnosis_is_whole_in_table_json_and_figure(built_in):
                 1
             )
     assert shares["backbone"]["bt"][0] < shares["backbone"]["recommended"][0] < shares["backbone"]["normbt"][0]
-    assert sum(cell["num_pairs"] for cell in report["bins"]["cells"]) == 2000
+    assert sum(cell["num_pairs"] for cell in report["bins"]["cells"]) == 1000
     assert sum(cell["num_gradients"] for cell in report["bins"]["cells"]) == 256
 
 
@@ -355,9 +355,9 @@ def test_a_killed_run_is_continued(tmp_path, built_in_checkpoint, monkeypatch):
         "--model",
         built_in_checkpoint,
         "--dataset",
-        write_pairs(tmp_path / "pairs.jsonl", 100),
+        write_pairs(tmp_path / "pairs.jsonl", 60),
         "--num-gradients",
-        100,
+        60,
     )
     partial = tmp_path / ".out.json.partial.gradients"
     process = Command("normbt_kernels", "diagnose", *arguments, "--out", "out.json", cwd=tmp_path)
@@ -365,7 +365,7 @@ def test_a_killed_run_is_continued(tmp_path, built_in_checkpoint, monkeypatch):
     process.kill()
     assert not list(tmp_path.glob("out.*"))
     num_kept = partial.read_bytes().count(b"\n") - 1
-    assert num_kept < 100
+    assert num_kept < 60
 
     measured = []
     monkeypatch.setattr(
@@ -377,7 +377,7 @@ def test_a_killed_run_is_continued(tmp_path, built_in_checkpoint, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     assert run_cli(*arguments, "--out", "out.json") == 0
-    assert len(measured) == 100 - num_kept
+    assert len(measured) == 60 - num_kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png", "pairs.jsonl"]
     assert run_cli(*arguments, "--out", "again.json") == 0
     continued, whole = (json.loads((tmp_path / name).read_text())["sample"] for name in ("out.json", "again.json"))

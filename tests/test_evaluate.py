@@ -251,7 +251,7 @@ def test_a_checkpoint_of_the_built_in_default_needs_no_data(tmp_path, built_in_c
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
 @pytest.mark.slow
 def test_a_killed_run_leaves_nothing_half_written_and_is_continued(tmp_path, built_in_checkpoint, monkeypatch):
-    pairs = generated.make_pairs(600, seed="any")
+    pairs = generated.make_pairs(300, seed="any")
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": p.chosen, "rejected": p.rejected} for p in pairs])
     arguments = (built_in_checkpoint, "--dataset", data, "--batch-size", 1, "--out", "out.json")
     partial = tmp_path / ".out.json.partial"

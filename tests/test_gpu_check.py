@@ -15,6 +15,7 @@ import torch
 
 from bench import goals
 from bench.gpu_check import Run, Stage, checks, measurements
+from tests.processes import Command
 
 pytestmark = pytest.mark.slow
 
@@ -111,11 +112,9 @@ def test_only_what_needs_a_gpu_is_skipped_without_one(tmp_path, monkeypatch):
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def gpu_check(folder: Path, *options: str) -> subprocess.Popen:
-    """The command, started from `folder`'s parent, with its results to `folder`."""
-    environment = {"PYTHON": sys.executable, "OUT": folder.name, "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", str(ROOT / "bench" / "gpu_check.sh"), *options]
-    return subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+def gpu_check(folder: Path, *options: str) -> Command:
+    """What bench/gpu_check.sh runs, started from `folder`'s parent, with its results to `folder`."""
+    return Command("bench.gpu_check", *options, cwd=folder.parent, OUT=folder.name, CUDA_VISIBLE_DEVICES="")
 
 
 STAGES = ["environment", "memcheck", "goals: graph", "goals: pooled", "goals", "tune"]
@@ -123,11 +122,12 @@ STAGES = ["environment", "memcheck", "goals: graph", "goals: pooled", "goals", "
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The folder of a run without a GPU, its exit status, and what it printed."""
+    """The folder of a run of the script without a GPU, its exit status, and what it printed."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    process = gpu_check(folder, "--smoke", "--stages", *STAGES)
-    output, _ = process.communicate(timeout=120)
-    return folder, process.returncode, output
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": folder.name, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", ROOT / "bench" / "gpu_check.sh", "--smoke", "--stages", *STAGES]
+    process = subprocess.run(command, cwd=folder.parent, stdout=subprocess.PIPE, text=True, env=environment, timeout=120)
+    return folder, process.returncode, process.stdout
 
 
 def test_without_a_gpu_it_runs_what_it_can_and_makes_up_no_figure(rehearsal):
@@ -158,15 +158,11 @@ def test_goals_find_what_the_benchmarks_write(rehearsal):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_a_whole_summary(tmp_path, number):
-    process = gpu_check(tmp_path, "--smoke", "--stages", "training", "goals")
-    log = tmp_path / "logs" / "training.log"
-    while not log.exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(number)
-    process.communicate(timeout=30)
+    command = gpu_check(tmp_path, "--smoke", "--stages", "training", "goals")
+    command.wait_until((tmp_path / "logs" / "training.log").exists)
+    os.kill(command.pid, number)
+    assert command.wait(30) == 130
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert process.returncode == 130
     assert outcomes(summary) == {"training": "interrupted", "goals": "waiting"}
     assert summary["interrupted"]
     assert not summary["finished"]
@@ -174,10 +170,9 @@ def test_an_interrupted_run_leaves_a_whole_summary(tmp_path, number):
 
 
 def test_without_a_gpu_nothing_passes_unless_it_is_a_rehearsal(tmp_path):
-    process = gpu_check(tmp_path, "--stages", "memcheck")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "no GPU: nothing here says anything about one" in output
+    command = gpu_check(tmp_path, "--stages", "memcheck")
+    assert command.wait() == 1
+    assert "no GPU: nothing here says anything about one" in command.output
 
 
 # --- the goals' table ----------------------------------------------------------------------------------------------

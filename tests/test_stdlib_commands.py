@@ -1,10 +1,6 @@
-"""`--dataset stdlib-faults` in every command, on a tenth of the library: the promises do not need all of it."""
+"""`--dataset stdlib-faults` in every command, on a part of the library: the promises do not need all of it."""
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
 
 import pytest
 
@@ -17,34 +13,24 @@ from normbt_kernels.commands.train_job import user_job
 from normbt_kernels.data import stdlib_faults
 from normbt_kernels.data.preferences import load_preferences
 from normbt_kernels.data.stdlib_faults import split_pairs
+from tests.processes import Command
+from tests.stdlib_digest import LEFT_OUT, digest
 
 KINDS = ("operator", "off by one", "swapped arguments", "wrong variable", "dropped return")
 CATEGORIES = {f"fine: {kind}" for kind in KINDS} | {"coarse: unrelated function"}
-LEFT_OUT = stdlib_faults.LEFT_OUT | {
-    name for name in os.listdir(sysconfig.get_paths()["stdlib"]) if not name.startswith(("h", "i", "j", "l"))
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _a_tenth_of_the_library():
+def _a_part_of_the_library():
     cached = stdlib_faults.functions, stdlib_faults._trained_tokenizer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stdlib_faults, "LEFT_OUT", LEFT_OUT)
+        patch.setattr(stdlib_faults, "VERSIONS_OF_A_FUNCTION", 1)  # more of them are more of the same
         for function in cached:
             function.cache_clear()
         yield
     for function in cached:
         function.cache_clear()
-
-
-PRINT_DIGEST = """
-import hashlib
-from normbt_kernels.data import stdlib_faults
-from normbt_kernels.data.stdlib_faults import functions, split_pairs, make_tokenizer
-stdlib_faults.LEFT_OUT = {left_out}
-facts = functions(), split_pairs("test", 0), sorted(make_tokenizer().get_vocab().items())
-print(hashlib.sha256(repr(facts).encode()).hexdigest())
-""".replace("{left_out}", repr(LEFT_OUT))
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +43,12 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_pairs_are_the_same_each_time_and_only_training_pairs_go_by_the_seed(capsys):
-    exec(PRINT_DIGEST, {})
-    here = capsys.readouterr().out
-    environment = os.environ | {"PYTHONHASHSEED": "1"}
-    elsewhere = subprocess.run([sys.executable, "-c", PRINT_DIGEST], env=environment, capture_output=True, text=True)
-    assert elsewhere.stdout == here, elsewhere.stderr
+def test_pairs_are_the_same_each_time_and_only_training_pairs_go_by_the_seed():
+    command = Command("tests.stdlib_digest")
+    assert command.wait() == 0, command.errors
+    of_a_text, of_the_pairs = command.output.split()
+    assert int(of_a_text) != hash("a text"), "sets have the same order there: unset PYTHONHASHSEED"
+    assert of_the_pairs == digest()
     assert split_pairs("test", 1) == split_pairs("test", 0)
     assert split_pairs("train", 1) != split_pairs("train", 0)
 

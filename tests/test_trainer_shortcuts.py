@@ -20,7 +20,7 @@ from tests.test_shortcuts import BOTH, EACH, deaf_to_positions, rows_seen
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 
-STEPS = 20
+STEPS = 10
 
 
 def lora(**options):
@@ -71,7 +71,7 @@ def assert_same_run(seen, expected, tolerance=2e-6):
 
 SCENARIOS = {
     "fused head": (make_model, {}),
-    "accumulation": (make_model, {"gradient_accumulation_steps": 2, "max_steps": 10}),
+    "accumulation": (make_model, {"gradient_accumulation_steps": 2, "max_steps": 5}),
     "checkpointing": (make_model, {"gradient_checkpointing": True}),
     "LoRA, head saved": (lambda: lora(task_type="SEQ_CLS"), {}),
     "LoRA on the head": (lora, {"gradient_checkpointing": True}),
@@ -106,11 +106,11 @@ def test_the_trainer_computes_neither_padding_nor_the_last_layer_of_other_tokens
 
 
 def test_resumed_equals_uninterrupted(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 10}
+    saving = {"save_strategy": "steps", "save_steps": 5}
     whole = make_trainer(tmp_path, arguments=saving, **BOTH)
     whole.train()
     resumed = make_trainer(tmp_path, arguments=saving, **BOTH)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     for name, parameter in parameters(whole).items():
         assert torch.equal(parameter, parameters(resumed)[name]), name
     assert torch.equal(resumed.pair_loss.mu, whole.pair_loss.mu)
