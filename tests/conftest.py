@@ -3,6 +3,7 @@
 import atexit
 import gc
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,13 @@ def messages(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def empty_figures(monkeypatch):
+    """Figures are made, and saved as empty files: laying one out and drawing it takes half a second."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **options: Path(path).write_bytes(b""))
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from tests.processes import Command
 from tests.tiny_classifiers import gradients, make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 
+pytestmark = pytest.mark.usefixtures("empty_figures")  # in this process; the command draws its own
+
 EPS, MAX_WEIGHT = 1e-6, 100.0
 
 

@@ -16,6 +16,8 @@ from normbt_kernels.data.stdlib_faults import split_pairs
 from tests.processes import Command
 from tests.stdlib_digest import LEFT_OUT, digest
 
+pytestmark = pytest.mark.usefixtures("empty_figures")
+
 KINDS = ("operator", "off by one", "swapped arguments", "wrong variable", "dropped return")
 CATEGORIES = {f"fine: {kind}" for kind in KINDS} | {"coarse: unrelated function"}
 

@@ -22,6 +22,8 @@ from normbt_kernels.errors import UserError
 from tests.processes import Command
 from tests.tiny_pairs import word_tokenizer
 
+pytestmark = pytest.mark.usefixtures("empty_figures")  # in this process; commands draw theirs
+
 WORDS = ["add", "two", "four", "five", "six", "user", "assistant", ":", "<s>", "</s>", "<unk>"]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }} </s> {% endfor %}"
 

@@ -28,7 +28,7 @@ FEW = ["--max-steps", 2, "--use-cpu", "--disable-tqdm", True, "--report-to", "no
 
 
 @pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
+def checkpoint(tmp_path, monkeypatch, empty_figures):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "pairs.jsonl", rows())
     return save(make_model(), tmp_path / "model", pad_token="<pad>")
