@@ -408,7 +408,7 @@ def test_mistakes_are_said_in_one_line_before_any_work(
     write_pairs(tmp_path / "good.jsonl", 4)
     (tmp_path / "bad.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "a"}\n')
     assert run_cli(*(built_in_checkpoint if argument == "MODEL" else argument for argument in arguments)) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("normbt: error: ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "normbt: error: " in line]
     assert len(errors) == 1
     assert message in errors[0]
     assert not list(tmp_path.glob("normbt-diagnosis*"))

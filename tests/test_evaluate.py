@@ -341,7 +341,7 @@ GOOD = {"prompt": "w1", "chosen": "w2", "rejected": "w3", "subset": "mine"}
 def test_bad_rows_are_named(tmp_path, checkpoint, capsys, rows, message):
     data = write_jsonl(tmp_path / "pairs.jsonl", [row if isinstance(row, str) else json.dumps(row) for row in rows])
     assert run_cli(checkpoint, "--dataset", data, "--out", tmp_path / "out.json") == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("normbt: error: ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "normbt: error: " in line]
     assert len(errors) == 1
     assert message in errors[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl"]
@@ -368,7 +368,7 @@ def test_mistakes_are_said_in_one_line_before_anything_is_scored(
     monkeypatch.setattr(evaluate, "load_model", lambda *args: pytest.fail("the model was loaded"))
     write_jsonl(tmp_path / "good.jsonl", [GOOD])
     assert run_cli(checkpoint, *arguments) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("normbt: error: ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "normbt: error: " in line]
     assert len(errors) == 1
     assert message in errors[0]
 

@@ -326,7 +326,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, causal_lm, monkeypatch,
     (tmp_path / "object.json").write_text("{}")
     (tmp_path / "latin.jsonl").write_bytes(b'{"chosen": "caf\xe9"}\n')
     assert run_cli("train", "--model", causal_lm, "--output-dir", "out", *arguments) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("normbt: error: ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "normbt: error: " in line]
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "out").exists()
