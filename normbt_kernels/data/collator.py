@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels.data.packing import pack
-from normbt_kernels.data.tokens import CONSTANTS, SIDES, check_ids
+from normbt_kernels.data.rows import NUMBERS
+from normbt_kernels.data.tokens import SIDES, check_ids
 
 
 @dataclass
@@ -50,9 +51,9 @@ class PreferenceCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if not rows[0].keys() >= set(SIDES):
             raise ValueError(f"rows need chosen_ids and rejected_ids, got the columns {sorted(rows[0])}")
-        constants = [name for name in CONSTANTS if any(name in row for row in rows)]
+        numbers = [name for name in NUMBERS if any(name in row for row in rows)]
         for i, row in enumerate(rows, start=1):
-            check_ids({name: None for name in constants} | dict(row), f"pair {i} of the batch")
+            check_ids({name: None for name in numbers} | dict(row), f"pair {i} of the batch")
         sequences = [torch.as_tensor(row[name]) for name in SIDES for row in rows]
         length = max(len(sequence) for sequence in sequences)
         if self.pad_to_multiple_of is not None:
@@ -67,6 +68,6 @@ class PreferenceCollator:
         if self.packing is not None:
             one_row = self.packing == "one row"
             batch = pack(**batch, pad_token_id=self.tokenizer.pad_token_id, one_row=one_row, row_length=length)
-        for name in constants:
+        for name in numbers:
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         return batch

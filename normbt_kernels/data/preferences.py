@@ -16,13 +16,13 @@ from numbers import Real
 from typing import Any
 
 from normbt_kernels.data import STDLIB_FAULTS
-from normbt_kernels.data.rows import check_columns, read_rows
+from normbt_kernels.data.rows import NUMBERS, check_columns, read_rows
 from normbt_kernels.errors import UserError
 
 Message = dict[str, Any]  # role, content, and anything else that the chat template reads (tool_calls, ...)
 Text = str | list[Message]  # plain text, or a conversation
 
-OPTIONAL_COLUMNS = ("margin", "pair_weight", "category")  # in every row or in none
+OPTIONAL_COLUMNS = (*NUMBERS, "category")  # in every row or in none
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def parse_row(row: Any, where: str) -> Preference:
         chosen, rejected = _join(prompt, chosen, where), _join(prompt, rejected, where)
     if row.get("system"):
         chosen, rejected = _with_system(row["system"], chosen, where), _with_system(row["system"], rejected, where)
-    margin, pair_weight = (_number(row.get(name), name, where) for name in ("margin", "pair_weight"))
+    margin, pair_weight = (_number(row.get(name), name, where) for name in NUMBERS)
     if pair_weight is not None and pair_weight < 0:
         raise UserError(f"{where}: 'pair_weight' is negative: {pair_weight!r}")
     category = row.get("category", row.get("subset"))

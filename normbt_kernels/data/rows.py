@@ -12,7 +12,7 @@ from typing import IO, Any
 from normbt_kernels.errors import UserError, first_line
 
 Rows = Iterator[tuple[int, Any]]
-NUMBERS = ("margin", "pair_weight")  # columns whose values a CSV file holds as text
+NUMBERS = ("margin", "pair_weight")  # what the loss may take of a pair besides its two sequences
 
 
 def read_rows(source: str, config: str | None, split: str) -> Rows:
@@ -69,7 +69,7 @@ def _parse_json(text: bytes, where: str) -> Any:
 
 
 def _read_csv(path: Path) -> Rows:
-    """Values are text, except that empty ones become None and the columns in `NUMBERS` become numbers."""
+    """Values are text, except that empty ones become None and those of the columns in `NUMBERS` become numbers."""
     with _open(path) as file:
         try:
             lines = (line.decode("utf-8-sig") for line in _readable(file, path))

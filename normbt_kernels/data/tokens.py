@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels.data.preferences import OPTIONAL_COLUMNS, Preference, Text
+from normbt_kernels.data.rows import NUMBERS
 from normbt_kernels.errors import UserError, first_line
 
 Row = Mapping[str, Any]
 SIDES = ("chosen_ids", "rejected_ids")
-CONSTANTS = ("margin", "pair_weight")  # what the loss may take of a pair besides its two sequences
 
 
 # --- tokenising ----------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def check_ids(row: Row, where: str, vocabulary: int | None = None) -> None:
                 f"{where}: {name!r} has the token {largest}, but the model has embeddings for {vocabulary}: "
                 "model.resize_token_embeddings(len(tokenizer))"
             )
-    for name in CONSTANTS:
+    for name in NUMBERS:
         if name in row and not _is_finite(row[name]):
             raise UserError(f"{where}: {name!r} is not a finite number: {row[name]!r}")
 

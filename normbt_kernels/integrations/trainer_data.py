@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.preferences import parse_row
+from normbt_kernels.data.rows import NUMBERS
 from normbt_kernels.data.tokens import (
-    CONSTANTS,
     SIDES,
     LeftOut,
     check_ids,
@@ -45,7 +45,7 @@ class PairsInTrainer:
     vocabulary: int | None
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*SIDES, *CONSTANTS]
+        self._signature_columns = [*SIDES, *NUMBERS]
 
     def _tokenized(self, dataset: Any, name: str, whole: bool = False) -> Any:
         """`dataset` as the collator takes it: checked token ids. With `whole`, no pair may be left out.
@@ -124,7 +124,7 @@ class _Reader:
     left_out: LeftOut
     truncate: bool
     vocabulary: int | None
-    constants: tuple[str, ...] = ()  # the numbers that every row must have, because one has
+    numbers: tuple[str, ...] = ()  # the numbers that every row must have, because one has
     said: set[str] = field(default_factory=set)
 
     def ids(self, row: Mapping[str, Any], index: int) -> tuple[Mapping[str, Any], list[str]]:
@@ -136,7 +136,7 @@ class _Reader:
             ids = tokenize_pair(pair, self.tokenizer)
             looks_wrong = remark(pair, ids, self.tokenizer)
             remarks += [] if looks_wrong is None else [looks_wrong]
-        for column in self.constants:
+        for column in self.numbers:
             if ids.get(column) is None:
                 raise UserError(f"{where}: no {column}, but other rows have one")
         check_ids(ids, where, self.vocabulary)
@@ -163,12 +163,12 @@ def _read_all(dataset: Any, read: _Reader) -> tuple[Any, list[str], list[list[st
     columns = getattr(dataset, "column_names", None)
     if columns is None or not hasattr(dataset, "map"):
         rows = [dataset[i] for i in range(len(dataset))]
-        read.constants = tuple(name for name in CONSTANTS if any(name in row for row in rows))
+        read.numbers = tuple(name for name in NUMBERS if any(name in row for row in rows))
         tokenized, remarks = zip(*(read.ids(row, i) for i, row in enumerate(rows)), strict=True)
         same = all(new is old for new, old in zip(tokenized, rows, strict=True))
         return dataset if same else list(tokenized), [read.left_out.verdict(ids) for ids in tokenized], list(remarks)
 
-    read.constants = tuple(name for name in CONSTANTS if name in columns)
+    read.numbers = tuple(name for name in NUMBERS if name in columns)
     stays = set(SIDES) <= set(columns) and not read.truncate
 
     def looked_at(row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -184,12 +184,12 @@ def _read_all(dataset: Any, read: _Reader) -> tuple[Any, list[str], list[list[st
 def _tokenized_stream(dataset: Any, read: _Reader) -> Any:
     """A `datasets.IterableDataset`, still streaming."""
     columns = dataset.column_names or list(next(iter(dataset), {}))
-    read.constants = tuple(name for name in CONSTANTS if name in columns)
+    read.numbers = tuple(name for name in NUMBERS if name in columns)
 
     def ids(rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         row = {name: values[0] for name, values in rows.items()}
         kept = read.kept(row, indices[0])
-        names = [*SIDES, *read.constants]
+        names = [*SIDES, *read.numbers]
         return {name: [] if kept is None else [kept[name]] for name in names}
 
     return dataset.map(ids, with_indices=True, batched=True, batch_size=1, remove_columns=columns)

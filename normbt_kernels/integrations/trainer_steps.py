@@ -1,5 +1,5 @@
-"""NormBT in the steps of a `Trainer`: reads a batch of pairs, and moves mu when the trainer has stepped its optimizer,
-with whatever engine it does that."""
+"""The loss in the steps of a `Trainer`: computes it for a batch of pairs, and moves mu when the trainer has stepped its
+optimizer, with whatever engine it does that."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from normbt_kernels.data.tokens import CONSTANTS
+from normbt_kernels.data.rows import NUMBERS
 from normbt_kernels.functional import NormBTStats, pair_distance
 from normbt_kernels.integrations.apply import applied_to
 from normbt_kernels.integrations.head import HeadReader, logits_of
@@ -37,7 +37,7 @@ class LossInSteps:
                 f"a batch holds all chosen sequences, then as many rejected: got {num_sequences} sequences"
             )
         self.head_reader.expect(inputs["input_ids"])
-        outputs = model(**{name: value for name, value in inputs.items() if name not in CONSTANTS})
+        outputs = model(**{name: value for name, value in inputs.items() if name not in NUMBERS})
         return outputs, self.head_reader.take(logits_of(outputs))
 
     def _terms(self, outputs: Any, rows: Tensor) -> tuple[Tensor, ...]:
@@ -46,9 +46,9 @@ class LossInSteps:
 
     def _loss_outputs_stats(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any, NormBTStats]:
         outputs, rows = self._outputs_and_rows(model, inputs)
-        constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
+        numbers = {name: inputs[name] for name in NUMBERS if name in inputs}
         self.pair_loss.train(model.training)  # evaluation does not move mu
-        loss, stats = self.pair_loss(*self._terms(outputs, rows), **constants, return_stats=True)
+        loss, stats = self.pair_loss(*self._terms(outputs, rows), **numbers, return_stats=True)
         return loss, outputs, stats
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
