@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from normbt_kernels.checks import linear_inputs, loss_options, reward_inputs
 from normbt_kernels.functional import NormBTStats, loss_and_stats
-from normbt_kernels.ops.autograd import pair_loss
+from normbt_kernels.ops.autograd import pair_weights
 from normbt_kernels.ops.ema import EMA, move_mu_now
 from normbt_kernels.ops.pair_distance import measure_distances
-from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype
-from normbt_kernels.ops.terms import WEIGHT, Mu, Scores
+from normbt_kernels.ops.pairs import RowPairs
+from normbt_kernels.ops.terms import Mu, Scores
 
 
 class Reduction(NamedTuple):
@@ -214,10 +214,7 @@ class DistanceEMA(nn.Module):
     def weigh(self, rows: RowPairs) -> Tensor:
         """The weights (P,) of pairs whose loss is computed elsewhere. They count as the pairs of a forward do."""
         mu, group = self._begin(rows)
-        # The pass over the pairs makes them, in two launches, beside a loss that nobody asks for.
-        reward = rows.chosen.new_zeros(rows.num_pairs, dtype=accumulate_dtype(rows.chosen, rows.rejected))
-        scores = Scores(reward, reward, None, None, None, None)
-        weight = pair_loss(rows, scores, mu, self.options, stats=True).pair_stats[WEIGHT]
+        weight = pair_weights(rows, mu, self.options)
         self._end(rows, group)
         return weight
 

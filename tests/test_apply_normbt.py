@@ -64,22 +64,23 @@ def test_every_gradient_is_that_of_eager_normbt(architecture, dtype, layout, sid
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["halves", "interleaved"])
-def test_gradient_is_scaled_in_fp32_and_rounded_once(dtype, layout):
+@pytest.mark.parametrize("far", [3, 3000])  # a weight of 1/3000 leaves as many digits as one of 1/3
+def test_gradient_is_scaled_in_fp32_and_rounded_once(dtype, layout, far):
     torch.manual_seed(0)
     head, rows = nn.Linear(8, 1).to(dtype), torch.randn(6, 8).to(dtype)
     apply_normbt(head, layout)
     head(rows).sum().mul(0).backward()
     mu = mu_of(head)[0].clone()
-    logits = head(rows * 3)
+    logits = head(rows * far)
     pairs = reference.pair_rows(6, layout)
     bt, reward_sum = torch.tensor([0.4, -0.3, 0.7]), logits.detach()[torch.stack(pairs), 0].sum(dim=0)
     plain = torch.empty(6, 1, dtype=dtype)
     for i, sign in zip(pairs, (1, -1), strict=True):
-        plain[i, 0] = (sign * bt + 0.1 * reward_sum).to(dtype)  # with a centering term
+        plain[i, 0] = (sign * bt + 0.1 / far * reward_sum).to(dtype)  # with a centering term
     (received,) = torch.autograd.grad(logits, logits, plain)
 
     wide = torch.promote_types(dtype, torch.float32)
-    w = reference.normbt_weight(reference.pair_distance((rows * 3).to(wide), layout), mu)
+    w = reference.normbt_weight(reference.pair_distance((rows * far).to(wide), layout), mu)
     chosen, rejected = (plain[i, 0].to(wide) for i in pairs)
     expected = plain.clone()
     for i, sign in zip(pairs, (1, -1), strict=True):

@@ -185,15 +185,13 @@ class PairWeights(DistanceEMA):
         """From `gradient`, that of the logits under BT, the one under NormBT: same dtype, computed in fp32 or wider."""
         _refuse_second_backward()
         dtype = torch.promote_types(gradient.dtype, weight.dtype)
-        chosen, rejected = self._sides(gradient[pooled]).to(dtype)
+        sides = self._sides(gradient[pooled]).to(dtype)
         if self._backwards_to_check > 0 and reward_sum is not None:
             self._check_tokens(pooled, gradient)
-            self._check_pairs(chosen, rejected, reward_sum.to(dtype), gradient.dtype)
-        symmetric, antisymmetric = (chosen + rejected) / 2, weight * (chosen - rejected) / 2
-        pairs = torch.stack([symmetric + antisymmetric, symmetric - antisymmetric])
-        scaled = gradient.clone()
-        scaled[pooled] = (pairs if self.layout == "halves" else pairs.T).reshape(-1, 1).to(gradient.dtype)
-        return scaled
+            self._check_pairs(*sides, reward_sum.to(dtype), gradient.dtype)
+        # How far a side is from the mean of both, (g_c - g_r)/2, times w; lerp keeps the digits of a small w.
+        sides = torch.lerp(sides.mean(dim=0), sides, weight.to(dtype))
+        return _replaced(gradient, pooled, sides if self.layout == "halves" else sides.T)
 
     def _sides(self, column: Tensor) -> Tensor:
         """(2P, 1) in the order of the layout -> (2, P), chosen and rejected."""
@@ -227,9 +225,7 @@ class PairWeights(DistanceEMA):
             if batch.gradient is not None:
                 self._check_pairs(batch.gradient, side, torch.zeros_like(side), gradient.dtype)
             batch.gradient = side if batch.gradient is None else None
-        scaled = gradient.clone()
-        scaled[pooled] = (batch.weight * side).view(-1, 1).to(gradient.dtype)
-        return scaled
+        return _replaced(gradient, pooled, batch.weight * side)
 
     def end_step(self) -> None:
         self._chosen = None  # left by a forward that was no part of the training
@@ -298,6 +294,16 @@ class Apart:
 def _pooled(token: Tensor | None) -> tuple:
     """The index of the scored rows, (N, ...), in a tensor (N, S, ...) or, without `token`, (N, ...)."""
     return (slice(None),) if token is None else each_at(token)
+
+
+def _replaced(gradient: Tensor, pooled: tuple, rows: Tensor) -> Tensor:
+    """`gradient` with other values, `rows` of N in all, in the scored rows."""
+    column = rows.reshape(-1, 1).to(gradient.dtype)
+    if gradient.dim() == 2:  # all rows are scored
+        return column
+    replaced = gradient.clone()
+    replaced[pooled] = column
+    return replaced
 
 
 def _refuse_reentrant_checkpoint(gradient: Tensor) -> None:

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
+from normbt_kernels.ops.backend import uses_kernels
 from normbt_kernels.ops.ema import EMA
 from normbt_kernels.ops.library import define_op, is_watched, refuse_gradients, with_empty_tables
 from normbt_kernels.ops.linear_gradient import ONCE, linear_gradient, linear_gradient_op
+from normbt_kernels.ops.on_cpu import weights_on_cpu
 from normbt_kernels.ops.pair_distance import measure_distances
 from normbt_kernels.ops.pair_loss import run_pair_loss
-from normbt_kernels.ops.pairs import RowPairs, cast
-from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
+from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype, cast
+from normbt_kernels.ops.terms import WEIGHT, LossOptions, LossResult, Mu, Scores
 
 
 class Call(NamedTuple):
@@ -208,3 +210,15 @@ def pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stat
     if is_watched((rows.chosen, rows.rejected, *scores)):
         return LossResult(*_pair_loss_op(*Arguments.of(call)))
     return _differentiable(_run, call)
+
+
+def pair_weights(rows: RowPairs, mu: Mu, options: LossOptions) -> Tensor:
+    """The weights (P,) of pairs whose loss is computed elsewhere; constants, and `mu` takes up their distances."""
+    device, dtype = rows.chosen.device, accumulate_dtype(rows.chosen, rows.rejected)
+    without_kernels = device.type == "cpu" and not uses_kernels(device)
+    if without_kernels and rows.num_pairs > 0 and not is_watched((rows.chosen, rows.rejected)):
+        return weights_on_cpu(rows, mu, options, dtype)
+    # The pass over the pairs makes them, in two launches, beside a loss that nobody asks for.
+    reward = rows.chosen.new_zeros(rows.num_pairs, dtype=dtype)
+    scores = Scores(reward, reward, None, None, None, None)
+    return pair_loss(rows, scores, mu, options, stats=True).pair_stats[WEIGHT]

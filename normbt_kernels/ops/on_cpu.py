@@ -13,7 +13,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from normbt_kernels.ops.ema import move_mu_on_cpu
+from normbt_kernels.ops.ema import EMA, move_mu_on_cpu
 from normbt_kernels.ops.pairs import CACHE_ELEMENTS, RowPairs, cast
 from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
@@ -38,8 +38,10 @@ def _gather(rows: RowPairs, dtype: torch.dtype) -> tuple[ndarray, ndarray]:
     if rows.last_token is not None or {rows.chosen.dtype, rows.rejected.dtype} != {dtype}:
         chosen, rejected = rows.gather(dtype)
         return chosen.numpy(), rejected.numpy()
-    pairs, every = None if rows.pairs is None else rows.pairs.numpy(), slice(0, rows.num_pairs)
-    arrays = RowPairs(rows.chosen.numpy(), rows.rejected.numpy(), pairs, None, rows.layout)
+    chosen = rows.chosen.numpy()
+    rejected = chosen if rows.rejected is rows.chosen else rows.rejected.numpy()
+    arrays = RowPairs(chosen, rejected, None if rows.pairs is None else rows.pairs.numpy(), None, rows.layout)
+    every = slice(0, rows.num_pairs)
     return arrays.side(0, every), arrays.side(1, every)
 
 
@@ -53,10 +55,32 @@ def _norms(delta: ndarray) -> ndarray:
 
 def distances_on_cpu(rows: RowPairs, dtype: torch.dtype) -> Tensor:
     """rho (P,) of P >= 1 pairs."""
-    rows = rows._replace(chosen=rows.chosen.detach(), rejected=rows.rejected.detach())
     with numpy.errstate(all="ignore"):
-        done = [_norms(_subtract(*_gather(block, dtype))) for _, block in rows.blocks()]
-    return _tensor(numpy.concatenate(done), DTYPES[dtype])
+        return _tensor(_distances(rows, dtype), DTYPES[dtype])
+
+
+def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
+    rows = rows._replace(chosen=rows.chosen.detach(), rejected=rows.rejected.detach())
+    done = [_norms(_subtract(*_gather(block, dtype))) for _, block in rows.blocks()]
+    return done[0] if len(done) == 1 else numpy.concatenate(done)
+
+
+def weights_on_cpu(rows: RowPairs, mu: Mu, options: LossOptions, dtype: torch.dtype) -> Tensor:
+    """w (P,) of P >= 1 pairs, whose distances `mu` takes up."""
+    with numpy.errstate(all="ignore"):
+        distance = _distances(rows, dtype)
+        weight = _weigh(distance, _known_mu(mu), options)
+        if mu.takes_up_distances:
+            _take_up(distance, mu.ema)
+    return _tensor(weight, DTYPES[dtype])
+
+
+def _take_up(distance: ndarray, ema: EMA) -> None:
+    pending = ema.pending.numpy()
+    pending[0] += total_of(distance)
+    pending[1] += len(distance)
+    if ema.beta is not None:
+        move_mu_on_cpu(ema.mu.numpy(), ema.num_updates.numpy(), pending, ema.beta)
 
 
 def _known_mu(mu: Mu) -> float | None:
@@ -180,11 +204,7 @@ def _compute(
         of_batch = distance, pairs.bt_loss, pairs.difference > 0
         batch_stats = _tensor([total_of(values) / num_pairs for values in of_batch], number)
     if mu.takes_up_distances:
-        pending = mu.ema.pending.numpy()
-        pending[0] += total_of(distance)
-        pending[1] += num_pairs
-        if mu.ema.beta is not None:
-            move_mu_on_cpu(mu.ema.mu.numpy(), mu.ema.num_updates.numpy(), pending, mu.ema.beta)
+        _take_up(distance, mu.ema)
     gradient = numpy.empty((2, num_pairs), number)
     gradient[0], gradient[1] = pairs.chosen_gradient, pairs.rejected_gradient
     return LossResult(
