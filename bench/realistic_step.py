@@ -57,6 +57,7 @@ Row = dict[str, list[int]]  # chosen_ids and rejected_ids
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--realistic", action="store_true", help="trainers at the lengths of preference pairs")
+    parser.add_argument("--contender", nargs="+", choices=LABELS, default=LABELS, help="beside trl (default: all)")
     parser.add_argument("--layers", type=int, default=8, help="of the realistic model (default: %(default)s)")
     parser.add_argument("--hidden-size", "-H", type=int, help="of it (default: 128, on a GPU 1024)")
     parser.add_argument("--median-length", type=int, help="of its sequences (default: 64, on a GPU 512)")
@@ -81,10 +82,11 @@ def run(options: argparse.Namespace) -> int:
         "batches": options.steps or (6 if options.quick else 24),
     }
     pairs = make_pairs(settings, options)
-    batches = {name: batch_up(pairs, settings["num_pairs"], grouped=name == "trl-grouped") for name in LABELS}
+    names = [name for name in LABELS if name == "trl" or name in options.contender]
+    batches = {name: batch_up(pairs, settings["num_pairs"], grouped=name == "trl-grouped") for name in names}
     with tempfile.TemporaryDirectory() as folder:
         shared = Shared(settings, options.device)
-        contenders = {name: Contender(name, shared, folder) for name in LABELS}
+        contenders = {name: Contender(name, shared, folder) for name in names}
         rows = measure(contenders, batches)
     print_table(
         ["step", "s per step", "ms per token", "padding %", "peak MB", "of TRL's", "from", "to (95%)", "of its peak"],
