@@ -79,6 +79,22 @@ def compared(groups: dict[str, Any], names: dict[str, str]) -> str:
     return table(["loss", "accuracy", *(f"difference, {name}" for name in names)], rows)
 
 
+def powers_at_own_rates() -> str:
+    """The same, each at a learning rate of its own."""
+    mixed = results("quality-own-rates/quality.json")["settings"]["mixed"]
+    rows = []
+    for loss, rate in mixed["learning_rates"].items():
+        seeds = mixed["groups"]["all"]["accuracy"][loss]["seeds"]
+        baseline = loss != "bt"
+        differences = [
+            interval(difference(mixed["groups"][group], loss)) if baseline else "" for group in GROUPS.values()
+        ]
+        accuracy = plus_minus(mixed["groups"]["all"]["accuracy"][loss])
+        rows.append([label(loss), f"{rate['chosen']:g}", accuracy, f"{min(seeds):.3f}", *differences])
+    header = ["loss", "learning rate", "accuracy", "worst seed", *(f"less BT, {name}" for name in GROUPS)]
+    return table(header, rows)
+
+
 def controls() -> str:
     """NormBT against BT in settings where the paper's reason for it is weaker."""
     mixed = results("quality/quality.json")["settings"]["mixed"]["groups"]
@@ -254,7 +270,8 @@ def quality_rows() -> list[list[str]]:
         return "; ".join(f"{name} {interval(difference(groups[group]))}" for name, group in names.items())
 
     page = "[docs/evidence.md](docs/evidence.md)"
-    at = f"{quality['grid']['learning_rates'][0]:g}, which other seeds choose ({quality['seeds']} seeds, 95% interval)"
+    own = results("quality-own-rates/quality.json")["settings"]["mixed"]
+    own_rates = [f"{own['learning_rates'][loss]['chosen']:g}" for loss in ("bt", "normbt")]
     on_code = {
         "all": "all",
         "wrong variable": "fine: wrong variable",
@@ -262,9 +279,15 @@ def quality_rows() -> list[list[str]]:
     }
     return [
         [
-            f"accuracy, NormBT minus BT, at the learning rate {at}",
+            f"accuracy, NormBT minus BT, {quality['seeds']} seeds, at one learning rate for both,"
+            f" {quality['grid']['learning_rates'][0]:g}",
             differences(built_in, {"all": "all", "fine": FINE, "coarse": COARSE}),
             command_of(quality),
+        ],
+        [
+            f"the same, each at the rate that other seeds choose ({own_rates[0]} and {own_rates[1]})",
+            differences(own["groups"], {"all": "all", "fine": FINE, "coarse": COARSE}),
+            command_of(results("quality-own-rates/quality.json")),
         ],
         [f"accuracy at learning rates {grid[0]:g} to {grid[-1]:g}", "; ".join(by_loss), page],
         ["accuracy on real code, NormBT minus BT", differences(library, on_code), page],
@@ -344,6 +367,7 @@ def cpu_rows() -> list[list[str]]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "powers": powers,
+    "powers-at-own-rates": powers_at_own_rates,
     "controls": controls,
     "losses": losses,
     "rates": rates,
