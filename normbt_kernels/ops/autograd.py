@@ -218,7 +218,7 @@ def pair_weights(rows: RowPairs, mu: Mu, options: LossOptions) -> Tensor:
     without_kernels = device.type == "cpu" and not uses_kernels(device)
     if without_kernels and rows.num_pairs > 0 and not is_watched((rows.chosen, rows.rejected)):
         return weights_on_cpu(rows, mu, options, dtype)
-    # The pass over the pairs makes them, in two launches, beside a loss that nobody asks for.
-    reward = rows.chosen.new_zeros(rows.num_pairs, dtype=dtype)
+    # The pass over the pairs makes them, in two launches, beside a loss of any rewards that nobody asks for.
+    reward = rows.chosen.new_empty(rows.num_pairs, dtype=dtype)
     scores = Scores(reward, reward, None, None, None, None)
     return pair_loss(rows, scores, mu, options, stats=True).pair_stats[WEIGHT]

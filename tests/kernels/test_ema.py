@@ -12,6 +12,8 @@ import torch.multiprocessing as mp
 from cases import IMPLEMENTATIONS, INTERPRETED
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss
+from normbt_kernels.checks import row_pairs
+from normbt_kernels.modules import DistanceEMA
 from tests.processes import FORKED
 
 BETA = 0.9
@@ -48,6 +50,19 @@ def test_mu_follows_the_formula_and_weighs_with_the_value_from_before(module, im
         torch.testing.assert_close(loss_fn.mu, torch.tensor(mu_after), rtol=1e-6, atol=0)
     assert loss_fn.num_updates == 3
     assert (loss_fn.mu.dtype, loss_fn.num_updates.dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_weights_without_a_loss_are_those_of_the_loss(implementation, power):
+    loss_fn, alone = NormBTLoss(max_weight=1.5, power=power), DistanceEMA(max_weight=1.5, power=power)
+    for distances in [1.0, 3.0], [6.0, 2.0, 1.0], [0.5, float("inf")], [0.0, 4.0]:
+        hidden = rows_at_distance(distances)
+        with implementation():
+            weight = alone.weigh(row_pairs(hidden, "halves", None))
+            assert torch.equal(weight.nan_to_num(-1), run(loss_fn, hidden).weight.nan_to_num(-1))
+        assert (alone.mu, alone.num_updates) == (loss_fn.mu, loss_fn.num_updates)
+    assert alone.num_updates == 3  # all but the one that is not finite
 
 
 @both_modules
