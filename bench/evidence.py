@@ -178,7 +178,8 @@ PRETRAINED = {
     "ratings": "rated sentences",
     "rules": "good and bad code",
 }
-TRAINED = ("minilm-ratings", "minilm-rules", "minilm-rules-recommended")  # folders of results
+TRAINED = ("minilm-ratings", "minilm-rules")  # folders of results
+DIAGNOSED = (*TRAINED, "smollm2-ratings", "smollm2-rules")
 
 
 def pretrained_accuracy() -> str:
@@ -205,13 +206,9 @@ def pretrained_accuracy() -> str:
 
 
 def pretrained_slopes() -> str:
-    """How the backbone's gradient grows with the distance in real models: fresh, and while MiniLM trains with BT."""
+    """How the backbone's gradient grows with the distance in real models: fresh, and while they train with BT."""
     points = {"start": "new head", "middle": "middle of training", "end": "end of training"}
-    diagnosed = [
-        *results("pretrained/minilm-ratings/pretrained.json")["slopes"],
-        *results("pretrained/minilm-rules/pretrained.json")["slopes"],
-        *(row for row in results("pretrained/pretrained.json")["slopes"] if row["model"] == "smollm2"),
-    ]
+    diagnosed = [row for folder in DIAGNOSED for row in results(f"pretrained/{folder}/pretrained.json")["slopes"]]
     rows = []
     for row in diagnosed:
         quarters = ", ".join(f"{of['slope']:.2f}" for of in row["slopes_by_error_quartile"])

@@ -16,6 +16,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from normbt_kernels.ops.backend import uses_kernels
 from normbt_kernels.ops.ema import EMA
+from normbt_kernels.ops.few_pairs import are_few, few_pairs_loss
 from normbt_kernels.ops.library import define_op, is_watched, refuse_gradients, with_empty_tables
 from normbt_kernels.ops.linear_gradient import ONCE, linear_gradient, linear_gradient_op
 from normbt_kernels.ops.on_cpu import weights_on_cpu
@@ -206,10 +207,11 @@ def pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stat
     """The loss of P pairs, whose gradients reach the rewards or the rows and their head."""
     if mu.own_mean:
         mu = mu._replace(tensor=measure_distances(rows, scores.accumulate_dtype(rows)).mean())
-    call = Call(rows, scores, mu, options, stats)
     if is_watched((rows.chosen, rows.rejected, *scores)):
-        return LossResult(*_pair_loss_op(*Arguments.of(call)))
-    return _differentiable(_run, call)
+        return LossResult(*_pair_loss_op(*Arguments.of(Call(rows, scores, mu, options, stats))))
+    if are_few(rows, options, stats):
+        return few_pairs_loss(rows, scores, mu, options)
+    return _differentiable(_run, Call(rows, scores, mu, options, stats))
 
 
 def pair_weights(rows: RowPairs, mu: Mu, options: LossOptions) -> Tensor:

@@ -19,6 +19,7 @@ from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 DTYPES = {torch.float32: numpy.float32, torch.float64: numpy.float64}
 total_of = numpy.add.reduce  # without the Python layers of `sum`
+in_silence = numpy.errstate(all="ignore")  # infinities and NaN go their way, as on every other device
 
 
 def _array(tensor: Tensor | None, dtype: torch.dtype) -> ndarray | None:
@@ -53,10 +54,22 @@ def _norms(delta: ndarray) -> ndarray:
     return numpy.sqrt(numpy.vecdot(delta, delta)).astype(numpy.float64)
 
 
+@in_silence
 def distances_on_cpu(rows: RowPairs, dtype: torch.dtype) -> Tensor:
     """rho (P,) of P >= 1 pairs."""
-    with numpy.errstate(all="ignore"):
-        return _tensor(_distances(rows, dtype), DTYPES[dtype])
+    return _tensor(_distances(rows, dtype), DTYPES[dtype])
+
+
+@in_silence
+def weights_on_cpu(rows: RowPairs, mu: Mu, options: LossOptions, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """w (P,) of P >= 1 pairs, whose distances `mu` takes up, times `scale`."""
+    return _tensor(scale * _weights(_distances(rows, dtype), mu, options), DTYPES[dtype])
+
+
+@in_silence
+def weights_of_differences(delta: Tensor, mu: Mu, options: LossOptions, scale: float) -> Tensor:
+    """The same of pairs with the differences `delta` (P, H), contiguous."""
+    return _tensor(scale * _weights(_norms(delta.detach().numpy()), mu, options), DTYPES[delta.dtype])
 
 
 def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
@@ -65,14 +78,11 @@ def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
     return done[0] if len(done) == 1 else numpy.concatenate(done)
 
 
-def weights_on_cpu(rows: RowPairs, mu: Mu, options: LossOptions, dtype: torch.dtype) -> Tensor:
-    """w (P,) of P >= 1 pairs, whose distances `mu` takes up."""
-    with numpy.errstate(all="ignore"):
-        distance = _distances(rows, dtype)
-        weight = _weigh(distance, _known_mu(mu), options)
-        if mu.takes_up_distances:
-            _take_up(distance, mu.ema)
-    return _tensor(weight, DTYPES[dtype])
+def _weights(distance: ndarray, mu: Mu, options: LossOptions) -> ndarray:
+    weight = _weigh(distance, _known_mu(mu), options)
+    if mu.takes_up_distances:
+        _take_up(distance, mu.ema)
+    return weight
 
 
 def _take_up(distance: ndarray, ema: EMA) -> None:
@@ -169,17 +179,11 @@ def _compute_block(
     return _Pairs(loss, chosen_gradient, rejected_gradient, distance)
 
 
+@in_silence
 def compute_on_cpu(
     rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool
 ) -> LossResult:
     """The loss of P >= 1 pairs."""
-    with numpy.errstate(all="ignore"):  # infinities and NaN go their way, as on every other device
-        return _compute(rows, scores, mu, options, stats, head_gradient)
-
-
-def _compute(
-    rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool
-) -> LossResult:
     dtype, num_pairs = scores.accumulate_dtype(rows), rows.num_pairs
     number, value = DTYPES[dtype], _known_mu(mu)
     scale = 1 / num_pairs if options.reduction == "mean" else 1.0
@@ -221,6 +225,7 @@ def are_few(num_pairs: int, hidden_size: int, device: torch.device) -> bool:
     return num_pairs * hidden_size <= CACHE_ELEMENTS and device.type == "cpu"
 
 
+@in_silence
 def compute_few_gradients(
     gradient: Tensor, loss_gradient: Tensor, head_gradient: Tensor | None, head_weight: Tensor, interleaved: bool,
     hidden_dtype: torch.dtype, bias_dtype: torch.dtype, needs: tuple[bool, bool, bool],
@@ -229,13 +234,12 @@ def compute_few_gradients(
     needs_hidden, needs_weight, needs_bias = needs
     upstream = loss_gradient.detach().numpy()
     hidden = weight = bias = None
-    with numpy.errstate(all="ignore"):
-        if needs_hidden:
-            coefficient = gradient.numpy() * upstream
-            column = (coefficient.T if interleaved else coefficient).reshape(-1, 1)
-            hidden = cast(torch.from_numpy(column * _array(head_weight, gradient.dtype)), hidden_dtype)
-        if needs_weight or needs_bias:
-            total = head_gradient.numpy() * upstream
-            weight = cast(torch.from_numpy(total[:-1]), head_weight.dtype) if needs_weight else None
-            bias = cast(torch.from_numpy(total[-1:]).reshape(()), bias_dtype) if needs_bias else None
+    if needs_hidden:
+        coefficient = gradient.numpy() * upstream
+        column = (coefficient.T if interleaved else coefficient).reshape(-1, 1)
+        hidden = cast(torch.from_numpy(column * _array(head_weight, gradient.dtype)), hidden_dtype)
+    if needs_weight or needs_bias:
+        total = head_gradient.numpy() * upstream
+        weight = cast(torch.from_numpy(total[:-1]), head_weight.dtype) if needs_weight else None
+        bias = cast(torch.from_numpy(total[-1:]).reshape(()), bias_dtype) if needs_bias else None
     return hidden, weight, bias

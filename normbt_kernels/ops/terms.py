@@ -70,7 +70,7 @@ class LossResult(NamedTuple):
     """What is not asked for is None."""
 
     loss: Tensor  # (), or (P,) with reduction "none"
-    gradient: Tensor  # (2, P) of the loss with respect to the chosen and the rejected rewards
+    gradient: Tensor | None  # (2, P) of the loss with respect to the chosen and the rejected rewards
     head_gradient: Tensor | None  # (H + 1,) of weight and bias for an upstream gradient of 1
     pair_stats: Tensor | None  # (4, P)
     batch_stats: Tensor | None  # (3,)

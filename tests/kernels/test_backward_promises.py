@@ -12,6 +12,7 @@ from cases import (
     leaves,
     linear_case,
     ours,
+    ours_without_stats,
     randn,
     reward_case,
 )
@@ -62,7 +63,7 @@ def test_backward_never_reads_hidden(layout, pooled, reduction, mu):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
 def test_backward_without_reduction_keeps_hidden_only_for_a_trained_head(trained):
-    case = linear_case(reduction="none")
+    case = linear_case(reduction="none", label_smoothing=0.1)
     inputs = {name: t.detach().requires_grad_(name == "hidden" or trained) for name, t in case.inputs.items()}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
@@ -124,7 +125,7 @@ def test_reward_form_with_one_side_trained(wanted):
     inputs = {name: tensor.detach().requires_grad_(name == wanted) for name, tensor in case.inputs.items()}
     forward(case, inputs).backward()
     assert {name for name, tensor in inputs.items() if tensor.grad is not None} == {wanted}
-    assert_same_bits(inputs[wanted].grad, ours(case).gradients[wanted])
+    assert_same_bits(inputs[wanted].grad, ours_without_stats(case).gradients[wanted])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -145,7 +146,7 @@ def test_second_backward_gives_the_same_bits(form, reduction):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("upstream_requires_grad", [False, True])
 def test_double_backward_is_refused_rather_than_wrong(form, upstream_requires_grad):
-    case = CASES[form]()
+    case = CASES[form](label_smoothing=0.1)  # without smoothing, autograd can do it for few pairs on the CPU
     inputs = leaves(case)
     loss = forward(case, inputs)
     upstream = torch.ones_like(loss, requires_grad=upstream_requires_grad)

@@ -1,0 +1,59 @@
+"""Few pairs on the CPU: operators of PyTorch make the loss, and numpy its weights. Autograd differentiates it in C++.
+
+    d = v . (h_c - h_r) or r_c - r_r,    loss = sum_p c_p log sigmoid(d_p - margin_p),    c = -w q / P
+
+A `Function` written in Python costs as much as all of this. But of many rows autograd makes copies, which cost more: at
+twice as many elements as `MAX_ELEMENTS` these operators take 1.0 to 3.2 times as long as eager NormBT (bench/NOTES.md).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from normbt_kernels.ops.backend import uses_kernels
+from normbt_kernels.ops.on_cpu import weights_of_differences, weights_on_cpu
+from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype, cast
+from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
+
+CPU = torch.device("cpu")
+MAX_ELEMENTS = 131072  # of each side
+
+
+def are_few(rows: RowPairs, options: LossOptions, stats: bool) -> bool:
+    """Whether `few_pairs_loss` serves these pairs."""
+    hidden = rows.chosen
+    return (
+        hidden.is_cpu
+        and hidden.dim() == 2
+        and 0 < hidden.numel() <= (MAX_ELEMENTS if rows.layout == "apart" else 2 * MAX_ELEMENTS)
+        and rows.layout != "explicit"
+        and not stats
+        and options.center_coef == 0
+        and options.label_smoothing == 0
+        and not torch.is_autocast_enabled("cpu")  # it would round `mv` to 16 bits
+        and not uses_kernels(CPU)
+    )
+
+
+def few_pairs_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions) -> LossResult:
+    """The loss, which autograd differentiates."""
+    dtype = accumulate_dtype(rows.chosen, rows.rejected, *scores[:4])
+    scale = -1 / rows.num_pairs if options.reduction == "mean" else -1.0
+    if scores.head_weight is None:
+        z = cast(scores.chosen_rewards, dtype) - cast(scores.rejected_rewards, dtype)
+        coefficient = weights_on_cpu(rows, mu, options, dtype, scale)
+    else:
+        hidden = cast(rows.chosen, dtype)
+        chosen, rejected = hidden.chunk(2) if rows.layout == "halves" else hidden.unflatten(0, (-1, 2)).unbind(1)
+        delta = (chosen - rejected).contiguous()  # rows of other strides would have other bits
+        z = torch.mv(delta, cast(scores.head_weight, dtype).contiguous())
+        coefficient = weights_of_differences(delta, mu, options, scale)
+        if scores.head_bias is not None:
+            z = z + cast(scores.head_bias - scores.head_bias, dtype)  # its gradient is 0, and not None
+    if scores.margin is not None:
+        z = z - cast(scores.margin, dtype)
+    if scores.pair_weight is not None:
+        coefficient = coefficient * cast(scores.pair_weight, dtype)
+    log_likelihood = F.logsigmoid(z)
+    per_pair = options.reduction == "none"
+    loss = coefficient * log_likelihood if per_pair else torch.dot(coefficient, log_likelihood)
+    return LossResult(loss, None, None, None, None)
