@@ -100,9 +100,10 @@ def linear_inputs(
 ) -> tuple[RowPairs, Scores]:  # fmt: skip
     """The checked tensors of the linear form."""
     rows = row_pairs(hidden, pairs, last_token)
-    num_pairs, hidden_size, device = rows.num_pairs, rows.hidden_size, hidden.device
+    device = hidden.device
     _check_floating("weight", weight)
-    if not (_has_shape(weight, hidden_size) or _has_shape(weight, 1, hidden_size)):
+    hidden_size, shape = hidden.shape[-1], weight.shape
+    if len(shape) not in (1, 2) or shape[-1] != hidden_size or (len(shape) == 2 and shape[0] != 1):
         raise ValueError(
             f"weight must be (H,) or (1, H) with H = {hidden_size} as in hidden {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
@@ -117,10 +118,10 @@ def linear_inputs(
     return rows, Scores(
         None,
         None,
-        weight if weight.dim() == 1 else weight.reshape(hidden_size),
+        weight if len(shape) == 1 else weight.reshape(hidden_size),
         bias,
-        None if margin is None else _constant("margin", margin, num_pairs, device),
-        None if pair_weight is None else _constant("pair_weight", pair_weight, num_pairs, device),
+        None if margin is None else _constant("margin", margin, rows.num_pairs, device),
+        None if pair_weight is None else _constant("pair_weight", pair_weight, rows.num_pairs, device),
     )
 
 

@@ -30,6 +30,7 @@ class Reduction(NamedTuple):
     num_updates: Tensor
 
 
+DISTRIBUTED = dist.is_available()
 FORWARDS_IN_A_STEP = 1024  # more before the very first step look like a step that never comes
 
 
@@ -84,7 +85,7 @@ class DistanceEMA(nn.Module):
             raise TypeError(f"beta must be a number, got {type(beta).__name__}")
         if not 0 <= beta < 1:
             raise ValueError(f"beta must be in [0, 1), got {beta}")
-        is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+        is_group = DISTRIBUTED and isinstance(process_group, dist.ProcessGroup)
         if not (process_group is None or process_group == "default" or is_group):
             raise ValueError(
                 'process_group must be "default", a ProcessGroup that this rank is in, or None (local), '
@@ -205,7 +206,7 @@ class DistanceEMA(nn.Module):
 
     def _group(self) -> dist.ProcessGroup | None:
         """The ranks that share the mean; None if there are no others."""
-        if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
+        if self.process_group is None or not (DISTRIBUTED and dist.is_initialized()):
             return None
         return dist.group.WORLD if self.process_group == "default" else self.process_group
 

@@ -23,6 +23,7 @@ FP_FUSION = True
 INTERPRETED_MULTIPROCESSORS = 3
 
 
+@functools.cache
 def backend_name(device: torch.device) -> str:
     """The implementation that serves tensors on `device`: "triton", "triton-interpreter" or "torch"."""
     if _triton.INTERPRETED:

@@ -10,7 +10,6 @@ ranks share it by adding their `pending` up.
 from typing import NamedTuple
 
 import torch
-from numpy import ndarray
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
@@ -27,6 +26,10 @@ class EMA(NamedTuple):
     # (2,) fp32: the sum of distances and the number of pairs since mu last moved; None: nothing is taken up
     pending: Tensor | None
     beta: float | None  # a number: each forward moves mu; None: it only adds to `pending`
+
+    def mu_on_host(self) -> float | None:
+        """mu; None if there is none yet. The host waits for the device."""
+        return self.mu.item() if self.num_updates.item() > 0 else None
 
 
 @triton.jit
@@ -83,13 +86,12 @@ def move_mu_(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> N
     pending.zero_()
 
 
-def move_mu_on_cpu(mu: ndarray, num_updates: ndarray, pending: ndarray, beta: float) -> None:
-    total, count = pending.tolist()
-    pending[:] = 0
-    if count > 0 and total < float("inf"):
-        mean = total / count
-        mu[...] = mean if num_updates == 0 else beta * mu.item() + (1 - beta) * mean
-        num_updates += 1
+def move_mu_on_cpu(ema: EMA, mu: float | None, distance_sum: float, pair_count: float) -> None:
+    """`mu`: what `ema.mu_on_host()` says."""
+    if pair_count > 0 and distance_sum < float("inf"):
+        mean = distance_sum / pair_count
+        ema.mu.fill_(mean if mu is None else ema.beta * mu + (1 - ema.beta) * mean)
+        ema.num_updates.add_(1)
 
 
 def _move_mu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
@@ -97,7 +99,9 @@ def _move_mu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> N
         tensors = mu, num_updates, pending
         run_on(mu.device, _plans.find((mu.device, beta, kinds(tensors)), _plan_move, beta), tensors, *tensors)
     elif mu.device.type == "cpu":
-        move_mu_on_cpu(mu.numpy(), num_updates.numpy(), pending.numpy(), beta)
+        ema = EMA(mu, num_updates, pending, beta)
+        move_mu_on_cpu(ema, ema.mu_on_host(), *pending.tolist())
+        pending.zero_()
     else:
         move_mu_(mu, num_updates, pending, beta)
 

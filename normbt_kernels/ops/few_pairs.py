@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from normbt_kernels.ops.backend import uses_kernels
-from normbt_kernels.ops.on_cpu import weights_of_differences, weights_on_cpu
+from normbt_kernels.ops.on_cpu import weights_of_differences
 from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype, cast
 from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
@@ -37,20 +37,21 @@ def are_few(rows: RowPairs, options: LossOptions, stats: bool) -> bool:
 def few_pairs_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions) -> LossResult:
     """The loss, which autograd differentiates."""
     dtype = accumulate_dtype(rows.chosen, rows.rejected, *scores[:4])
-    scale = -1 / rows.num_pairs if options.reduction == "mean" else -1.0
+    hidden = cast(rows.chosen, dtype)
+    if rows.layout == "apart":
+        chosen, rejected = hidden, cast(rows.rejected, dtype)
+    else:
+        chosen, rejected = hidden.chunk(2) if rows.layout == "halves" else hidden.unflatten(0, (-1, 2)).unbind(1)
+    delta = (chosen - rejected).contiguous()  # rows of other strides would have other bits
     if scores.head_weight is None:
         z = cast(scores.chosen_rewards, dtype) - cast(scores.rejected_rewards, dtype)
-        coefficient = weights_on_cpu(rows, mu, options, dtype, scale)
     else:
-        hidden = cast(rows.chosen, dtype)
-        chosen, rejected = hidden.chunk(2) if rows.layout == "halves" else hidden.unflatten(0, (-1, 2)).unbind(1)
-        delta = (chosen - rejected).contiguous()  # rows of other strides would have other bits
         z = torch.mv(delta, cast(scores.head_weight, dtype).contiguous())
-        coefficient = weights_of_differences(delta, mu, options, scale)
         if scores.head_bias is not None:
             z = z + cast(scores.head_bias - scores.head_bias, dtype)  # its gradient is 0, and not None
     if scores.margin is not None:
         z = z - cast(scores.margin, dtype)
+    coefficient = weights_of_differences(delta, mu, options, -1 / len(delta) if options.reduction == "mean" else -1.0)
     if scores.pair_weight is not None:
         coefficient = coefficient * cast(scores.pair_weight, dtype)
     log_likelihood = F.logsigmoid(z)

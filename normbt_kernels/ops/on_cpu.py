@@ -61,14 +61,14 @@ def distances_on_cpu(rows: RowPairs, dtype: torch.dtype) -> Tensor:
 
 
 @in_silence
-def weights_on_cpu(rows: RowPairs, mu: Mu, options: LossOptions, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """w (P,) of P >= 1 pairs, whose distances `mu` takes up, times `scale`."""
-    return _tensor(scale * _weights(_distances(rows, dtype), mu, options), DTYPES[dtype])
+def weights_on_cpu(rows: RowPairs, mu: Mu, options: LossOptions, dtype: torch.dtype) -> Tensor:
+    """w (P,) of P >= 1 pairs, whose distances `mu` takes up."""
+    return _tensor(_weights(_distances(rows, dtype), mu, options), DTYPES[dtype])
 
 
 @in_silence
 def weights_of_differences(delta: Tensor, mu: Mu, options: LossOptions, scale: float) -> Tensor:
-    """The same of pairs with the differences `delta` (P, H), contiguous."""
+    """The same, times `scale`, of pairs with the differences `delta` (P, H), contiguous."""
     return _tensor(scale * _weights(_norms(delta.detach().numpy()), mu, options), DTYPES[delta.dtype])
 
 
@@ -79,25 +79,34 @@ def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
 
 
 def _weights(distance: ndarray, mu: Mu, options: LossOptions) -> ndarray:
-    weight = _weigh(distance, _known_mu(mu), options)
+    average = _average(mu)
+    weight = _weigh(distance, _measure(mu, average), options)
     if mu.takes_up_distances:
-        _take_up(distance, mu.ema)
+        _take_up(distance, mu.ema, average)
     return weight
 
 
-def _take_up(distance: ndarray, ema: EMA) -> None:
-    pending = ema.pending.numpy()
-    pending[0] += total_of(distance)
-    pending[1] += len(distance)
-    if ema.beta is not None:
-        move_mu_on_cpu(ema.mu.numpy(), ema.num_updates.numpy(), pending, ema.beta)
+def _average(mu: Mu) -> float | None:
+    """The EMA's mu; None if there is none yet."""
+    return None if mu.ema is None else mu.ema.mu_on_host()
 
 
-def _known_mu(mu: Mu) -> float | None:
+def _measure(mu: Mu, average: float | None) -> float | None:
     """What weighs the pairs; None if each weighs 1."""
-    if mu.ema is not None and mu.ema.num_updates.item() > 0:
-        return mu.ema.mu.item()
+    if average is not None:
+        return average
     return mu.value if mu.tensor is None else mu.tensor.item()
+
+
+def _take_up(distance: ndarray, ema: EMA, average: float | None) -> None:
+    distance_sum, pair_count = ema.pending.tolist()
+    distance_sum, pair_count = distance_sum + float(total_of(distance)), pair_count + len(distance)
+    if ema.beta is None:
+        ema.pending.numpy()[:] = distance_sum, pair_count
+        return
+    move_mu_on_cpu(ema, average, distance_sum, pair_count)
+    if pair_count > len(distance):
+        ema.pending.zero_()
 
 
 def _weigh(distance: ndarray, mu: float | None, options: LossOptions) -> ndarray:
@@ -185,14 +194,15 @@ def compute_on_cpu(
 ) -> LossResult:
     """The loss of P >= 1 pairs."""
     dtype, num_pairs = scores.accumulate_dtype(rows), rows.num_pairs
-    number, value = DTYPES[dtype], _known_mu(mu)
+    number, average = DTYPES[dtype], _average(mu)
+    measure = _measure(mu, average)
     scale = 1 / num_pairs if options.reduction == "mean" else 1.0
     head = _array(scores.head_weight, dtype)
     bias = 0.0 if scores.head_bias is None else scores.head_bias.item()
     blocks = list(rows.blocks())
     head_total = numpy.zeros(rows.hidden_size + 1, number if len(blocks) == 1 else float) if head_gradient else None
     done = [
-        _compute_block(block, scores.block(place), value, options, stats, dtype, scale, head, bias, head_total)
+        _compute_block(block, scores.block(place), measure, options, stats, dtype, scale, head, bias, head_total)
         for place, block in blocks
     ]
     pairs = done[0]
@@ -208,7 +218,7 @@ def compute_on_cpu(
         of_batch = distance, pairs.bt_loss, pairs.difference > 0
         batch_stats = _tensor([total_of(values) / num_pairs for values in of_batch], number)
     if mu.takes_up_distances:
-        _take_up(distance, mu.ema)
+        _take_up(distance, mu.ema, average)
     gradient = numpy.empty((2, num_pairs), number)
     gradient[0], gradient[1] = pairs.chosen_gradient, pairs.rejected_gradient
     return LossResult(
