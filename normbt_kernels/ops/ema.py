@@ -100,7 +100,7 @@ def _move_mu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> N
         run_on(mu.device, _plans.find((mu.device, beta, kinds(tensors)), _plan_move, beta), tensors, *tensors)
     elif mu.device.type == "cpu":
         ema = EMA(mu, num_updates, pending, beta)
-        move_mu_on_cpu(ema, ema.mu_on_host(), *pending.tolist())
+        move_mu_on_cpu(ema, ema.mu_on_host(), *pending.numpy().tolist())
         pending.zero_()
     else:
         move_mu_(mu, num_updates, pending, beta)

@@ -99,14 +99,14 @@ def _measure(mu: Mu, average: float | None) -> float | None:
 
 
 def _take_up(distance: ndarray, ema: EMA, average: float | None) -> None:
-    distance_sum, pair_count = ema.pending.tolist()
+    pending = ema.pending.numpy()
+    distance_sum, pair_count = pending.tolist()
     distance_sum, pair_count = distance_sum + float(total_of(distance)), pair_count + len(distance)
     if ema.beta is None:
-        ema.pending.numpy()[:] = distance_sum, pair_count
-        return
-    move_mu_on_cpu(ema, average, distance_sum, pair_count)
-    if pair_count > len(distance):
-        ema.pending.zero_()
+        pending[:] = distance_sum, pair_count
+    else:
+        pending[:] = 0
+        move_mu_on_cpu(ema, average, distance_sum, pair_count)
 
 
 def _weigh(distance: ndarray, mu: float | None, options: LossOptions) -> ndarray:
