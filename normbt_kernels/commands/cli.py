@@ -52,8 +52,8 @@ Train a reward model with NormBT and the Hugging Face Trainer.
 """
 
 TRAIN_EPILOG = """\
-Every option of transformers.TrainingArguments works too (--help-trainer lists them), among them (with the defaults of a
-training with --model):
+Every option of transformers.TrainingArguments works too (--help-trainer lists them). Some of them, with their defaults
+for a --model of yours:
   --learning-rate F                    default 5e-5
   --per-device-train-batch-size N      pairs per step and device, default 8
   --gradient-accumulation-steps N      default 1
