@@ -46,7 +46,7 @@ def few_pairs_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions)
     if scores.head_weight is None:
         z = cast(scores.chosen_rewards, dtype) - cast(scores.rejected_rewards, dtype)
     else:
-        z = torch.mv(delta, cast(scores.head_weight, dtype).contiguous())
+        z = torch.mv(delta, cast(scores.head_weight, dtype))
         if scores.head_bias is not None:
             z = z + cast(scores.head_bias - scores.head_bias, dtype)  # its gradient is 0, and not None
     if scores.margin is not None:

@@ -1,8 +1,10 @@
 """Few pairs on the CPU: which calls PyTorch's own operators serve, and what their gradients keep."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import BACKEND, CASES, OURS, assert_same_bits, leaves, linear_case, ours_without_stats, reward_case
+from cases import BACKEND, CASES, OURS, STRIDES, assert_same_bits, leaves, linear_case, ours_without_stats, reward_case
 
 import reference
 from normbt_kernels import linear_normbt_loss
@@ -51,6 +53,17 @@ def test_the_loss_is_differentiated_twice_with_its_weight_constant(layout):
     torch.testing.assert_close(
         second(linear_normbt_loss(**mine, **case.arguments), list(mine.values())), second(expected, [hidden, weight])
     )
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("layout", ["halves", "interleaved"])
+def test_strides_of_rows_and_head_change_no_bit(layout, stride):
+    case = linear_case(16, 96, torch.float32, layout=layout, bias=False)
+    inputs = case.inputs | {"hidden": STRIDES[stride](case.inputs["hidden"])}
+    inputs["weight"] = torch.stack([inputs["weight"]] * 2, dim=1)[:, 0]
+    mine, expected = ours_without_stats(replace(case, inputs=inputs)), ours_without_stats(case)
+    assert_same_bits(mine.loss, expected.loss)
+    assert_same_bits(mine.gradients, expected.gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
