@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 
 # Side by side: the shorter half is one process more than there are workers, and fills the gaps that they leave.
 test: $(VENV)/.installed-dev
-	$(MAKE) --jobs=2 test-interpreted test-others
+	$(MAKE) --no-print-directory --jobs=2 test-interpreted test-others
 
 # What it prints is kept until its end, not to be mixed with what the others print.
 test-interpreted: $(VENV)/.installed-dev
