@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, Trainer
 from trl import RewardTrainer
 
 from normbt_kernels.integrations.trl import METRICS, NormBTRewardMixin, NormBTRewardTrainer
-from normbt_kernels.ops import closed_form, pair_loss
+from normbt_kernels.ops import closed_form, ema, pair_loss
 from tests.processes import run_ranks
 from tests.tiny_pairs import make_tokenizer
 from tests.tiny_trl import (
@@ -274,8 +274,9 @@ class WithoutMetrics(RewardTrainer):
 
 
 def test_host_reads_once_per_log_and_never_in_a_step(tokenizer, tmp_path, monkeypatch):
-    # As on every other device: the pass for the CPU reads mu.
+    # As on every other device: what serves the CPU reads mu.
     monkeypatch.setattr(pair_loss, "compute_on_cpu", closed_form.compute_pair_loss)
+    monkeypatch.setattr(ema, "move_by_pending_on_cpu", ema.move_mu_)
     reads = {}
     for cls in (WithoutMetrics, NormBTRewardTrainer, RewardTrainer):
         trainer = make_trainer(

@@ -94,14 +94,18 @@ def move_mu_on_cpu(ema: EMA, mu: float | None, distance_sum: float, pair_count: 
         ema.num_updates.add_(1)
 
 
+def move_by_pending_on_cpu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
+    ema = EMA(mu, num_updates, pending, beta)
+    move_mu_on_cpu(ema, ema.mu_on_host(), *pending.numpy().tolist())
+    pending.zero_()
+
+
 def _move_mu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
     if uses_kernels(mu.device):
         tensors = mu, num_updates, pending
         run_on(mu.device, _plans.find((mu.device, beta, kinds(tensors)), _plan_move, beta), tensors, *tensors)
     elif mu.device.type == "cpu":
-        ema = EMA(mu, num_updates, pending, beta)
-        move_mu_on_cpu(ema, ema.mu_on_host(), *pending.numpy().tolist())
-        pending.zero_()
+        move_by_pending_on_cpu(mu, num_updates, pending, beta)
     else:
         move_mu_(mu, num_updates, pending, beta)
 
