@@ -82,15 +82,12 @@ def compared(groups: dict[str, Any], names: dict[str, str]) -> str:
 def powers_at_own_rates() -> str:
     """The same, each at a learning rate of its own."""
     mixed = results("quality-own-rates/quality.json")["settings"]["mixed"]
-    rows = []
+    groups, rows = mixed["groups"], []
     for loss, rate in mixed["learning_rates"].items():
-        seeds = mixed["groups"]["all"]["accuracy"][loss]["seeds"]
-        baseline = loss != "bt"
-        differences = [
-            interval(difference(mixed["groups"][group], loss)) if baseline else "" for group in GROUPS.values()
-        ]
-        accuracy = plus_minus(mixed["groups"]["all"]["accuracy"][loss])
-        rows.append([label(loss), f"{rate['chosen']:g}", accuracy, f"{min(seeds):.3f}", *differences])
+        accuracy = groups["all"]["accuracy"][loss]
+        differences = [interval(difference(groups[name], loss)) if loss != "bt" else "" for name in GROUPS.values()]
+        worst = f"{min(accuracy['seeds']):.3f}"
+        rows.append([label(loss), f"{rate['chosen']:g}", plus_minus(accuracy), worst, *differences])
     header = ["loss", "learning rate", "accuracy", "worst seed", *(f"less BT, {name}" for name in GROUPS)]
     return table(header, rows)
 
@@ -253,8 +250,8 @@ def command_of(file: dict[str, Any]) -> str:
 
 
 def quality_rows() -> list[list[str]]:
-    quality = results("quality/quality.json")
-    built_in = quality["settings"]["mixed"]["groups"]
+    quality, at_own_rates = results("quality/quality.json"), results("quality-own-rates/quality.json")
+    built_in, own = quality["settings"]["mixed"]["groups"], at_own_rates["settings"]["mixed"]
     library = results("quality-stdlib-faults/quality-stdlib-faults.json")["settings"]["mixed"]["groups"]
     rates = results("quality-rates/quality.json")["settings"]["mixed"]["learning_rates"]
     grid = [float(rate) for rate in rates["bt"]["validation_accuracy"]]
@@ -267,8 +264,8 @@ def quality_rows() -> list[list[str]]:
         return "; ".join(f"{name} {interval(difference(groups[group]))}" for name, group in names.items())
 
     page = "[docs/evidence.md](docs/evidence.md)"
-    own = results("quality-own-rates/quality.json")["settings"]["mixed"]
     own_rates = [f"{own['learning_rates'][loss]['chosen']:g}" for loss in ("bt", "normbt")]
+    of_built_in = {"all": "all", "fine": FINE, "coarse": COARSE}
     on_code = {
         "all": "all",
         "wrong variable": "fine: wrong variable",
@@ -278,13 +275,13 @@ def quality_rows() -> list[list[str]]:
         [
             f"accuracy, NormBT minus BT, {quality['seeds']} seeds, at one learning rate for both,"
             f" {quality['grid']['learning_rates'][0]:g}",
-            differences(built_in, {"all": "all", "fine": FINE, "coarse": COARSE}),
+            differences(built_in, of_built_in),
             command_of(quality),
         ],
         [
             f"the same, each at the rate that other seeds choose ({own_rates[0]} and {own_rates[1]})",
-            differences(own["groups"], {"all": "all", "fine": FINE, "coarse": COARSE}),
-            command_of(results("quality-own-rates/quality.json")),
+            differences(own["groups"], of_built_in),
+            command_of(at_own_rates),
         ],
         [f"accuracy at learning rates {grid[0]:g} to {grid[-1]:g}", "; ".join(by_loss), page],
         ["accuracy on real code, NormBT minus BT", differences(library, on_code), page],

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
+from normbt_kernels.ops import few_pairs
 from normbt_kernels.ops.backend import uses_kernels
 from normbt_kernels.ops.ema import EMA
-from normbt_kernels.ops.few_pairs import are_few, few_pairs_loss
 from normbt_kernels.ops.library import define_op, is_watched, refuse_gradients, with_empty_tables
 from normbt_kernels.ops.linear_gradient import ONCE, linear_gradient, linear_gradient_op
 from normbt_kernels.ops.on_cpu import weights_on_cpu
@@ -209,8 +209,8 @@ def pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stat
         mu = mu._replace(tensor=measure_distances(rows, scores.accumulate_dtype(rows)).mean())
     if is_watched((rows.chosen, rows.rejected, *scores)):
         return LossResult(*_pair_loss_op(*Arguments.of(Call(rows, scores, mu, options, stats))))
-    if are_few(rows, options, stats):
-        return few_pairs_loss(rows, scores, mu, options)
+    if few_pairs.serves(rows, options, stats):
+        return few_pairs.few_pairs_loss(rows, scores, mu, options)
     return _differentiable(_run, Call(rows, scores, mu, options, stats))
 
 

@@ -3,7 +3,7 @@
     d = v . (h_c - h_r) or r_c - r_r,    loss = sum_p c_p log sigmoid(d_p - margin_p),    c = -w q / P
 
 A `Function` written in Python costs as much as all of this. But of many rows autograd makes copies, which cost more: at
-twice as many elements as `MAX_ELEMENTS` these operators take 1.0 to 3.2 times as long as eager NormBT (bench/NOTES.md).
+two to four times `MAX_ELEMENTS` these operators take 1.0 to 3.2 times as long as eager NormBT (bench/NOTES.md).
 """
 
 import torch
@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 MAX_ELEMENTS = 131072  # of each side
 
 
-def are_few(rows: RowPairs, options: LossOptions, stats: bool) -> bool:
-    """Whether `few_pairs_loss` serves these pairs."""
+def serves(rows: RowPairs, options: LossOptions, stats: bool) -> bool:
+    """Whether the loss of these pairs is made here."""
     hidden = rows.chosen
     return (
         hidden.is_cpu
