@@ -175,12 +175,12 @@ PRETRAINED = {
     "ratings": "rated sentences",
     "rules": "good and bad code",
 }
-TRAINED = ("minilm-ratings", "minilm-rules")  # folders of results
-DIAGNOSED = (*TRAINED, "smollm2-ratings", "smollm2-rules")
+TRAINED = ("minilm-ratings", "minilm-rules", "smollm2-ratings")  # folders of results
+DIAGNOSED = (*TRAINED, "smollm2-rules")
 
 
 def pretrained_accuracy() -> str:
-    """MiniLM trained with each loss: at the learning rates that other seeds choose, and at every one."""
+    """Pretrained models trained with each loss: at the learning rates that other seeds choose, and at every one."""
     names = ("all", "closest third")
     rows = []
     for trained in (results(f"pretrained/{folder}/pretrained.json") for folder in TRAINED):
@@ -190,7 +190,8 @@ def pretrained_accuracy() -> str:
         for rate, of in trained["learning_rates"].items():
             shown.append(("", trained["seeds"], dict.fromkeys(trained["contenders"], float(rate)), of["groups"]))
         for chosen, seeds, rates, groups in shown:
-            where, accuracy = (PRETRAINED[trained["texts"]], f"{seeds[0]} to {seeds[-1]}"), groups["all"]["accuracy"]
+            where = (PRETRAINED[trained["model"]], PRETRAINED[trained["texts"]], f"{seeds[0]} to {seeds[-1]}")
+            accuracy = groups["all"]["accuracy"]
             bt = f"{rates['bt']:g}{chosen}"
             rows.append([*where, bt, LABELS["bt"], plus_minus(accuracy["bt"]), *[""] * len(names)])
             for row in groups["all"]["difference"]:
@@ -198,8 +199,8 @@ def pretrained_accuracy() -> str:
                 compared = f"{label(loss)} less {label(baseline)}"
                 differences = (interval(difference(groups[name], loss, baseline)) for name in names)
                 rows.append([*where, f"{rates[loss]:g}{chosen}", compared, plus_minus(accuracy[loss]), *differences])
-    header = ["texts", "seeds", "learning rate", "loss", "accuracy", *(f"difference, {name}" for name in names)]
-    return table(header, rows)
+    header = ["model", "texts", "seeds", "learning rate", "loss", "accuracy"]
+    return table([*header, *(f"difference, {name}" for name in names)], rows)
 
 
 def pretrained_slopes() -> str:
