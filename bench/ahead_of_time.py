@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 import normbt_kernels
 from bench.harness import print_table
 from normbt_kernels.ops import backend, pair_loss
+from normbt_kernels.ops.launch import Processors
 from normbt_kernels.ops.pairs import load_tile
 
 TARGETS = {
@@ -37,18 +38,21 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MULTIPROCESSORS = 132
-NUM_PAIRS = 256
+# Of each, in kilobytes; 0 where the kernels ask for no tiles ahead.
+SHARED_KB = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "gfx942": 0}
+NUM_PAIRS = 16 * MULTIPROCESSORS  # a whole tile for each program
+FEW_PAIRS = 64
 FIGURES = ("registers", "spill_bytes", "shared_bytes", "load_bytes")
 
 
 def entry_points() -> dict[str, Callable[[], object]]:
     """Calls that reach every entry point and every branch that the compiler sees, forward and backward."""
 
-    def rows(hidden_size, dtype=torch.bfloat16):
-        return torch.randn(2 * NUM_PAIRS, hidden_size, dtype=dtype)
+    def rows(hidden_size, dtype=torch.bfloat16, num_pairs=NUM_PAIRS):
+        return torch.zeros(2 * num_pairs, hidden_size, dtype=dtype)  # no kernel looks at them
 
-    def linear(hidden_size=4096, dtype=torch.bfloat16, mu=1.0, frozen=(), **options):
-        hidden = rows(hidden_size, dtype).requires_grad_("hidden" not in frozen)
+    def linear(hidden_size=4096, dtype=torch.bfloat16, mu=1.0, frozen=(), num_pairs=NUM_PAIRS, **options):
+        hidden = rows(hidden_size, dtype, num_pairs).requires_grad_("hidden" not in frozen)
         weight, bias = torch.randn(hidden_size, dtype=dtype), torch.zeros(1)
         for tensor in (weight, bias):
             tensor.requires_grad_("head" not in frozen)
@@ -81,6 +85,9 @@ def entry_points() -> dict[str, Callable[[], object]]:
 
     return {
         "linear": linear,
+        "linear, 64 pairs": lambda: linear(num_pairs=FEW_PAIRS),
+        "linear, H=16384, 64 pairs": lambda: linear(16384, num_pairs=FEW_PAIRS),
+        "linear, H=512": lambda: linear(512),
         "linear, H=1024": lambda: linear(1024),
         "linear, H=8192": lambda: linear(8192),
         "linear, H=16384": lambda: linear(16384),
@@ -121,7 +128,7 @@ def compile_for(target: str, names: Collection[str]) -> dict[str, dict]:
     """Compiles these entry points for `target`; {"entry point: kernel": what the compiler made of it}."""
     # Never restored: this runs in a process of its own.
     backend.backend_name = lambda device: "triton"
-    backend.INTERPRETED_MULTIPROCESSORS = MULTIPROCESSORS
+    backend.INTERPRETED = Processors(MULTIPROCESSORS, 1024 * SHARED_KB[target])
     triton.runtime.driver.set_active(
         SimpleNamespace(
             get_current_device=lambda: 0,

@@ -36,7 +36,7 @@ import torch
 from bench.harness import RESULTS, default_device, describe_device, versions
 from normbt_kernels.files import write_json
 
-TOTAL_SECONDS = 585  # a stage gets what is left of these, if that is less than its own limit
+TOTAL_SECONDS = 585  # by default; a stage gets what is left of these, if that is less than its own limit
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -174,11 +174,11 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
         benchmark("memory", memory, "--entry", "linear", *rows, "--contender", "bt-eager", "eager", "ours"),
         Stage(
             "bench all",
-            # static needs no GPU, and triton 3.6's interpreter not every numpy: CI runs it. host is a stage below.
+            # static needs no GPU, nor triton 3.6's interpreter every numpy: CI runs it. The others are stages below.
             (PYTHON, "-m", "bench", "all", "--quick", "--out", str(out),
-             "--skip", "static", "host", *(["speed", "memory", "scaling"] if smoke else [])),
+             "--skip", "static", "host", "scaling", *(["speed", "memory"] if smoke else [])),
             400,
-            writes=[out / f"{name}.json" for name in ("speed", "memory", "scaling", "train-step")],
+            writes=[out / f"{name}.json" for name in ("speed", "memory", "train-step")],
             skip=no_use,
         ),
         Stage("goals", (PYTHON, "-m", "bench.goals", str(out)), 30, writes=[out / "goals.json"], leaves=0),
@@ -198,6 +198,15 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
             120,
             writes=[out / "realistic-step.json"],
             skip=no_use if installed("trl") else "trl, whose trainer it is compared with, is not installed",
+            leaves=0,
+            optional=True,
+        ),
+        Stage(
+            "scaling",
+            (PYTHON, "-m", "bench", "scaling", "--quick", "--out", str(out)),
+            120,
+            writes=[out / "scaling.json"],
+            skip="--smoke" if smoke else no_gpu,
             leaves=0,
             optional=True,
         ),
@@ -327,6 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--smoke", action="store_true", help="tiny sizes, to rehearse it; without a GPU that is no fault"
     )
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="only these")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of the whole (default: %(default)s)")
     options = parser.parse_args(arguments)
 
     gpu = torch.cuda.is_available()
@@ -340,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = [[stage for stage in group if stage.name in (options.stages or names)] for group in groups]
 
     print(f"{environment['device']['name']}; results to {out}", flush=True)
-    run = Run(out, [stage for group in groups for stage in group], environment, TOTAL_SECONDS)
+    run = Run(out, [stage for group in groups for stage in group], environment, options.seconds)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.interrupt)
     for group in groups:

@@ -38,6 +38,7 @@ from torch.profiler import profile
 from bench.harness import RESULTS, Report, print_table
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, apply_normbt, linear_normbt_loss, normbt_loss
 from normbt_kernels.ops import backend
+from normbt_kernels.ops.launch import Processors
 
 SIZES = [(8, 256), (32, 256), (64, 2048)]
 COUNTS = ("operators", "python_calls")
@@ -107,7 +108,7 @@ def launches_that_do_nothing() -> Iterator[None]:
     )
     with (
         patch.object(backend, "backend_name", lambda device: "triton"),
-        patch.object(backend, "INTERPRETED_MULTIPROCESSORS", 132),
+        patch.object(backend, "INTERPRETED", Processors(132, 228 * 1024)),
         patch.object(CompiledKernel, "run", lambda *_: None),
         patch.object(CompiledKernel, "_init_handles", lambda _: None),
         patch.object(CompiledKernel, "__del__", lambda _: None, create=True),  # triton 3.6 has none

@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden-size", "-H", type=int, help="of it (default: 128, on a GPU 1024)")
     parser.add_argument("--median-length", type=int, help="of its sequences (default: 64, on a GPU 512)")
     parser.add_argument("--log-deviation", type=float, default=0.7, help="of their lengths (default: %(default)s)")
+    parser.add_argument("--attention", help="attn_implementation of the model (default: transformers' choice)")
     parser.add_argument("--lengths", type=Path, metavar="FILE", help="of these pairs, as normbt train reads them")
     parser.add_argument("--tokenizer", metavar="PATH|ID", help="that counts the tokens of --lengths")
 
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
         "layers": options.layers,
         "hidden_size": options.hidden_size or (1024 if gpu else 128),
         "dtype": options.dtype or ("bf16" if gpu else "fp32"),
+        "attention": options.attention,
         "num_pairs": options.num_pairs or 8,
         "median_length": options.median_length or (512 if gpu else 64),
         "log_deviation": options.log_deviation,
@@ -226,7 +228,7 @@ def build_model(settings: dict[str, Any]):
     config = LlamaConfig(
         hidden_size=hidden_size, intermediate_size=hidden_size * 43 // 16, num_hidden_layers=settings["layers"],
         num_attention_heads=heads, num_key_value_heads=heads, vocab_size=VOCABULARY, max_position_embeddings=2**16,
-        num_labels=1, pad_token_id=PAD, use_cache=False,
+        num_labels=1, pad_token_id=PAD, use_cache=False, attn_implementation=settings["attention"],
     )  # fmt: skip
     return LlamaForSequenceClassification(config)
 

@@ -56,14 +56,16 @@ def run(options: argparse.Namespace) -> int:
     cases = [case for entry in options.entry for case in sizes(entry, options)]
     seconds = options.seconds or (1.5 if options.quick else 4)
     rows: list[dict[str, Any]] = []
-    for case in (progress := tqdm(cases, unit="case")):
-        progress.set_description(str(case))
-        rows += measure_case(
-            case, options.contender, options.device, report.device["cache_bytes"], seconds, options.compile_backend
-        )
-    print_rows(rows)
     labels = {name: CONTENDERS[name].label for name in options.contender}
-    report.save({"labels": labels, "compile_backend": options.compile_backend, "rows": rows})
+    try:
+        for case in (progress := tqdm(cases, unit="case")):
+            progress.set_description(str(case))
+            rows += measure_case(
+                case, options.contender, options.device, report.device["cache_bytes"], seconds, options.compile_backend
+            )
+    finally:  # a capture that fails can leave a GPU on which nothing runs any more
+        print_rows(rows)
+        report.save({"labels": labels, "compile_backend": options.compile_backend, "rows": rows})
     report.save_figure(lambda plt: draw(plt, rows))
     return 0 if all(row["error"] is None for row in rows if row["contender"].startswith("ours")) else 1
 
@@ -156,6 +158,7 @@ def prepare(rows: dict[str, dict], buffers: list[Inputs], device: torch.device, 
             result = function(buffers[0])
             if contender.trains:
                 row["loss"] = result.item()
+            del result  # while its graph lives, the leaves' nodes are those of this stream, which no capture may use
             if contender.graphed:
                 walls[name] = GraphCalls(function, buffers, pool)
                 continue  # on the device these are the kernels of "ours", which is measured there

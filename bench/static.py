@@ -9,8 +9,8 @@ Bytes and launches are counted as executed (bench/count.py): the Triton kernels 
 access, and every PyTorch operator around them at the dispatcher, forward and backward. The tables also have the floor,
 which is the fewest bytes that the rows and their gradient can take, and what the same step moves in PyTorch: the
 reference as it is written, NormBT and plain BT as a careful user writes them, all under autograd. The launch shapes are
-those of a GPU with 132 multiprocessors. P is so large that what each of the 264 programs leaves behind is small beside
-the rows. The figures without a limit show smaller P, where it is not.
+those of a GPU with 132 multiprocessors. P is so large that what each of up to 1056 programs leaves behind is small
+beside the rows. The figures without a limit show smaller P, where it is not.
 
 Registers, spilled bytes, shared memory and load widths are read from the code that the compiler makes for each target
 (bench/ahead_of_time.py). They depend on the version of Triton, so each version has saved figures of its own.
@@ -43,19 +43,19 @@ from tqdm import tqdm
 
 import reference
 from bench.ahead_of_time import FIGURES as MACHINE_CODE
-from bench.ahead_of_time import TARGETS
+from bench.ahead_of_time import MULTIPROCESSORS, SHARED_KB, TARGETS
 from bench.contenders import Case, Inputs, eager_normbt, ours, plain_bt
 from bench.harness import RESULTS, print_table
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, linear_normbt_loss, normbt_loss, pair_distance
 from normbt_kernels.files import write_json
 from normbt_kernels.ops import backend
+from normbt_kernels.ops.launch import Processors
 from normbt_kernels.ops.pairs import RowPairs
 from normbt_kernels.results import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MULTIPROCESSORS = 132
 MAX_BYTES = 1.05  # of the floor
 MAX_LAUNCHES = 2  # forward, and again backward
 # Distances first, then their mean, then the ordinary pass.
@@ -71,7 +71,7 @@ LABELS = {"ours": "NormBT, ours", "eager": "NormBT, eager", "bt": "plain BT, eag
 
 
 # Of `python -m bench static --quick`.
-QUICK = ["normbt_loss", "linear_normbt_loss", "pair_distance"], ["sm_90"]
+QUICK = ["normbt_loss", "linear_normbt_loss, 512 pairs", "pair_distance"], ["sm_90"]
 
 FEW_PAIRS = (
     "With few pairs to a program, the partial gradient of the head that each program leaves behind (H fp32 values, "
@@ -130,7 +130,7 @@ def entries() -> dict[str, Entry]:
             options = {"pairs": pairs if x.pairs is None else x.pairs, "last_token": x.last_token}
             return reference.linear_normbt_loss(x.hidden, x.head, x.mu if mu else None, **options)
 
-        c = c or case("linear", 16384, 512)
+        c = c or case("linear", 12288, 2048)
         contenders = {"reference": as_written, "eager": eager_normbt, "bt": plain_bt}
         limits = {} if mu else OWN_MEAN
         if c.entry == "kwise":
@@ -154,19 +154,19 @@ def entries() -> dict[str, Entry]:
         "normbt_loss, mu=None": reward(lambda x: normbt_loss(*x[1:5], None), mu=False),
         "NormBTLoss": reward(lambda x: reward_ema(*x[1:5], return_stats=True)[0]),
         "linear_normbt_loss": linear(),
-        "linear_normbt_loss, frozen backbone": linear(c=case("frozen", 32768, 512)),
+        "linear_normbt_loss, frozen backbone": linear(c=case("frozen", 16384, 2048)),
         "linear_normbt_loss, pooled": linear(c=case("pooled", 256, 512, 128)),
         "linear_normbt_loss, interleaved": linear(
             lambda x: linear_normbt_loss(x.hidden, x.head, x.mu, pairs="interleaved"), pairs="interleaved"
         ),
-        "linear_normbt_loss, explicit pairs": linear(c=case("kwise", 24576, 1024)),
+        "linear_normbt_loss, explicit pairs": linear(c=case("kwise", 49152, 1024)),
         "LinearNormBTLoss": linear(lambda x: linear_ema(x.hidden, x.head, return_stats=True)[0]),
         "pair_distance": Entry(distances, lambda x: pair_distance(x.hidden), read(distances), distances_in_torch),
         "linear_normbt_loss, mu=None": linear(
-            lambda x: linear_normbt_loss(x.hidden, x.head, None), case("linear", 32768, 512), mu=False
+            lambda x: linear_normbt_loss(x.hidden, x.head, None), case("linear", 8192, 2048), mu=False
         ),
         "LinearNormBTLoss, its first batch": linear(
-            lambda x: new_ema(x.hidden, x.head), case("linear", 32768, 512), mu=False
+            lambda x: new_ema(x.hidden, x.head), case("linear", 8192, 2048), mu=False
         ),
         "linear_normbt_loss, H=16384": alone(case("frozen", 8192, 16384)),
         "linear_normbt_loss, 64 pairs": linear(c=case("linear", 64, 4096), no_limit=FEW_PAIRS),
@@ -198,7 +198,7 @@ def count_for_parent() -> None:
     steps = entries()
     # As on a GPU, where nobody looks at the values of `pairs` and `last_token`.
     with (
-        patch.object(backend, "INTERPRETED_MULTIPROCESSORS", MULTIPROCESSORS),
+        patch.object(backend, "INTERPRETED", Processors(MULTIPROCESSORS, 1024 * SHARED_KB["sm_90"])),
         patch.object(RowPairs, "check_range", lambda rows: None),
     ):
         for name in sys.stdin:

@@ -22,20 +22,21 @@ from bench.contenders import Case, ours
 from bench.harness import DTYPES, Report, print_table
 from bench.timing import Calls, Replays, Seconds, free_bytes, number_of_buffers, take_turns
 from normbt_kernels.ops import launch
-from normbt_kernels.ops.backend import num_multiprocessors, uses_kernels
-from normbt_kernels.ops.launch import LaunchShape
+from normbt_kernels.ops.backend import processors_of, uses_kernels
+from normbt_kernels.ops.launch import LaunchShape, Reading
 
-# What the launch shapes of each phase depend on, and the values to try.
+# What the launch shapes of each phase depend on, and the values to try: the fields of `launch.AHEAD`, and constants.
 CONSTANTS = {
     "forward": {
-        "TILE_ELEMENTS": (2048, 4096, 8192),
-        "ELEMENTS_PER_WARP": (256, 512, 1024),
-        "PROGRAMS_PER_MULTIPROCESSOR": (1, 2, 4),
+        "tile_bytes": (8192, 16384, 32768),
+        "elements_per_thread": (32, 64),
+        "warps_per_multiprocessor": (8, 12, 16),
+        "stages": (1, 3, 4),
     },
     "backward": {
-        "WRITTEN_TILE_ELEMENTS": (2048, 4096, 8192),
-        "ELEMENTS_PER_WARP": (256, 512, 1024),
-        "WRITING_PROGRAMS_PER_MULTIPROCESSOR": (2, 4, 8),
+        "WRITTEN_TILE_ELEMENTS": (4096, 8192),
+        "WRITTEN_ELEMENTS_PER_WARP": (512, 1024),
+        "TILES_OF_A_PROGRAM": (1, 4, 16),
     },
 }
 Setting = tuple[int, ...]  # values of a phase's constants, in their order
@@ -85,15 +86,17 @@ def settings(phase: str) -> Iterator[Setting]:
 
 
 def setting_today(phase: str) -> Setting:
-    return tuple(getattr(launch, name) for name in CONSTANTS[phase])
+    source = launch.AHEAD if phase == "forward" else launch
+    return tuple(getattr(source, name) for name in CONSTANTS[phase])
 
 
 def shape_of(case: Case, phase: str, setting: Setting, device: torch.device) -> LaunchShape:
-    with patch.multiple(launch, **dict(zip(CONSTANTS[phase], setting, strict=True))):
-        processors = num_multiprocessors(device)
-        if phase == "forward":
+    processors = processors_of(device)
+    if phase == "forward":
+        with patch.object(launch, "AHEAD", Reading(*setting)):
             return LaunchShape.for_pairs(case.num_pairs, case.hidden_size, case.dtype.itemsize, processors)
-        return LaunchShape.for_rows(case.num_rows, case.hidden_size, processors)
+    with patch.multiple(launch, **dict(zip(CONSTANTS[phase], setting, strict=True))):
+        return LaunchShape.for_rows(case.num_rows, case.hidden_size, processors.count)
 
 
 def time_shapes(
@@ -109,7 +112,7 @@ def time_shapes(
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def sampler(shape: LaunchShape) -> Callable[[], Seconds]:
-        given = patch.object(LaunchShape, "for_pairs" if phase == "forward" else "for_rows", lambda *_: shape)
+        given = patch.object(LaunchShape, "for_pairs" if phase == "forward" else "for_rows", lambda *_, **__: shape)
         with given:
             calls = Replays(ours, buffers, pool) if device.type == "cuda" else Calls(ours, buffers)
 
@@ -159,4 +162,5 @@ def propose(phase: str, cases: list[Case], times: dict[str, dict], device: torch
 
 
 def brief(shape: LaunchShape) -> str:
-    return f"{shape.num_programs} programs, {shape.block_rows}x{shape.block_hidden}, {shape.num_warps} warps"
+    tile = f"{shape.block_rows}x{shape.block_hidden}"
+    return f"{shape.num_programs} programs, {tile}, {shape.num_warps} warps, {shape.num_stages} stages"

@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import torch
 
 from normbt_kernels.ops import _triton
+from normbt_kernels.ops.launch import Processors
 
 Result = TypeVar("Result")
 
 # Of every launch. Versions of Triton differ in their default, and a * b + c rounded once is another number than twice.
 FP_FUSION = True
-# Programs of an interpreted launch: more than one, so that every stride over pairs is exercised.
-INTERPRETED_MULTIPROCESSORS = 3
+# Of an interpreted launch: more than one, so that every stride over pairs is exercised.
+INTERPRETED = Processors(count=3, shared_bytes=228 * 1024)
 
 
 @functools.cache
@@ -43,13 +44,16 @@ def triton_dtype(dtype: torch.dtype) -> _triton.tl.dtype:
     return _triton.tl.float64 if dtype == torch.float64 else _triton.tl.float32
 
 
-def num_multiprocessors(device: torch.device) -> int:
-    return _multiprocessors_of_gpu(device) if device.type == "cuda" else INTERPRETED_MULTIPROCESSORS
+def processors_of(device: torch.device) -> Processors:
+    return _processors_of_gpu(device) if device.type == "cuda" else INTERPRETED
 
 
 @functools.cache
-def _multiprocessors_of_gpu(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _processors_of_gpu(device: torch.device) -> Processors:
+    properties = torch.cuda.get_device_properties(device)
+    # Without tiles ahead on ROCm, where nobody has measured them.
+    shared_bytes = 0 if torch.version.hip else properties.shared_memory_per_multiprocessor
+    return Processors(properties.multi_processor_count, shared_bytes)
 
 
 def run_on(device: torch.device, run: Callable[..., Result], *arguments: Any) -> Result:

@@ -1,36 +1,64 @@
-"""The launch shapes: pure functions of the sizes, so they are tested without a GPU.
+"""The launch shapes: pure functions of the sizes and the device, so they are tested without a GPU.
 
-A pass over pairs is bound by memory, so enough bytes must be on their way at once on every multiprocessor. Many pairs
-give that by themselves; few pairs are spread over as many programs as there are pairs. A pair is not split over
-programs: its loss would be known only in the next launch, which would have to read the rows again for the head's
-gradient. One program already has both rows on their way at once (512 threads of 8 loads).
+A pass over pairs is bound by memory, so enough bytes must be on their way at once on every multiprocessor. With many
+pairs a program asks for its next tiles before it has reduced this one, if shared memory can hold them, and has few
+warps of many elements each: less is added up between warps. Few pairs are spread over as many programs as there are
+pairs. A pair is not split over programs: its loss would be known only in the next launch, which would have to read the
+rows again for the head's gradient. One program already has both rows on their way at once.
+
+The constants were measured on an H200 (bench/NOTES.md).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-# Elements of one tile of rows. A program holds the chosen tile, the rejected tile, the head's weight and
-# its gradient in registers: 4096 elements over 8 warps are 16 of each per thread.
-TILE_ELEMENTS = 4096
-# Rows up to this size (16384 columns of 16 bits, 8192 of fp32) stay whole in the registers of one program, 128 of each
-# of its 512 threads: delta, the head, and the head's gradient. Centering keeps the rejected row as well.
+
+class Processors(NamedTuple):
+    """The multiprocessors of a device."""
+
+    count: int
+    shared_bytes: int  # of each, for tiles on their way; 0 where kernels are not to ask for them beforehand
+
+
+class Reading(NamedTuple):
+    """How a pass reads many pairs of rows that one program can hold."""
+
+    tile_bytes: int  # of one side
+    elements_per_thread: int  # of one side's tile, and as many of the head and of its gradient, in registers
+    warps_per_multiprocessor: int
+    stages: int  # tiles of a program that are in hand or on their way
+
+
+AHEAD = Reading(16384, 64, 8, 3)
+# Without the head's gradient there are registers for more programs, and no partial sums to write.
+AHEAD_WITHOUT_HEAD_GRADIENT = Reading(16384, 64, 12, 3)
+# Where shared memory cannot hold the tiles to come: the loads of one program overlap the reductions of others.
+AT_ONCE = Reading(8192, 32, 16, 1)
+CENTERED_ELEMENTS_PER_THREAD = 32  # centering keeps the rejected rows as well
+MAX_ROWS = 16  # of a tile
+# Of a row, for each warp. With half as many, twice the warps add up each row: at H=1024 in bf16 394 us instead of 265.
+WARP_BYTES = 1024
+MAX_WARPS_OF_A_TILE = 4  # if its rows are no longer than their registers hold
+COPIED_BYTES = 16  # rows are copied to shared memory in such pieces; those of an odd length are read by single elements
+SCRATCH_BYTES = 8192  # of shared memory, beside the tiles, for reductions
+# Rows up to this size (16384 columns of 16 bits, 8192 of fp32) stay whole in the registers of one program.
 MAX_ROW_BYTES = 32768
 MAX_CENTERED_ROW_BYTES = 16384
 # Longer rows are read in blocks of this size, and a second time for the head's gradient. Twice as many take 16 warps,
 # whose threads have no more than 128 registers each, and sm_100 then spills.
 LONG_ROW_BLOCK_BYTES = 8192
-# Elements of a tile for each warp: 16 in each of its threads.
+# Of one row in a block of its own, for each warp: 16 in each of its threads.
 ELEMENTS_PER_WARP = 512
-# Two programs for each multiprocessor overlap the loads of one with the reductions of the other. More than 16 warps of
-# up to 128 registers a thread do not fit on one.
-PROGRAMS_PER_MULTIPROCESSOR = 2
-WARPS_PER_MULTIPROCESSOR = 16
-# Elements of one tile of a gradient that is only written: 16 of them per thread at 8 warps. Twice as many spill
-# registers on sm_80 if H is odd, because every element then has its own address.
-WRITTEN_TILE_ELEMENTS = 4096
-# 32 warps of stores on each multiprocessor. Each program reads the head once, for all of its tiles.
-WRITING_PROGRAMS_PER_MULTIPROCESSOR = 4
+PROGRAMS_PER_MULTIPROCESSOR = 2  # of these
+MAX_WARPS = 16  # of one program, and of these programs on one multiprocessor
+# Elements of one tile of a gradient that is only written: 32 of them in each thread of 8 warps.
+WRITTEN_TILE_ELEMENTS = 8192
+WRITTEN_ELEMENTS_PER_WARP = 1024
+# Each program reads the head once for this many tiles, which lie one behind the other.
+TILES_OF_A_PROGRAM = 4
+WRITING_PROGRAMS_PER_MULTIPROCESSOR = 4  # at the least, where there are as many tiles
 
 
 def next_power_of_2(n: int) -> int:
@@ -41,48 +69,80 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def previous_power_of_2(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
+
+
 @dataclass(frozen=True)
 class LaunchShape:
-    """`num_programs` programs over tiles of `block_rows` rows (or pairs of rows) by `block_hidden` columns."""
+    """`num_programs` programs over tiles of `block_rows` rows (or pairs of rows) by `block_hidden` columns, of which
+    `num_stages` are in hand or on their way at once."""
 
     num_programs: int
     block_rows: int
     block_hidden: int
     num_warps: int
+    num_stages: int = 1
 
     @classmethod
     def for_pairs(
-        cls, num_pairs: int, hidden_size: int, element_size: int, multiprocessors: int, centers: bool = False
+        cls,
+        num_pairs: int,
+        hidden_size: int,
+        element_size: int,
+        processors: Processors,
+        centers: bool = False,
+        head_gradient: bool = True,
     ) -> LaunchShape:
         """For reading pairs of rows: persistent programs, each striding over tiles of `block_rows` pairs.
 
         Args:
             num_pairs, hidden_size: P >= 1 and H >= 1.
             element_size: bytes of one element of a row.
-            multiprocessors: of the device.
+            processors: of the device.
             centers: whether the centering term is asked for.
+            head_gradient: whether the head's gradient is.
         """
         block_hidden = next_power_of_2(hidden_size)
-        if block_hidden * element_size > (MAX_CENTERED_ROW_BYTES if centers else MAX_ROW_BYTES):
-            block_hidden = LONG_ROW_BLOCK_BYTES // element_size
-        pairs_each = next_power_of_2(cdiv(num_pairs, multiprocessors))
-        block_rows = min(max(1, TILE_ELEMENTS // block_hidden), 16, pairs_each)
-        num_warps = min(max(block_rows * block_hidden // ELEMENTS_PER_WARP, 1), WARPS_PER_MULTIPROCESSOR)
-        programs_each = min(PROGRAMS_PER_MULTIPROCESSOR, WARPS_PER_MULTIPROCESSOR // num_warps)
-        num_programs = min(cdiv(num_pairs, block_rows), programs_each * multiprocessors)
-        return cls(num_programs, block_rows, block_hidden, num_warps)
+        long = block_hidden * element_size > (MAX_CENTERED_ROW_BYTES if centers else MAX_ROW_BYTES)
+        if long or num_pairs <= PROGRAMS_PER_MULTIPROCESSOR * processors.count:
+            block_hidden = LONG_ROW_BLOCK_BYTES // element_size if long else block_hidden
+            num_warps = min(max(block_hidden // ELEMENTS_PER_WARP, 1), MAX_WARPS)
+            programs_each = min(MAX_WARPS // num_warps, PROGRAMS_PER_MULTIPROCESSOR)
+            return cls(min(num_pairs, programs_each * processors.count), 1, block_hidden, num_warps)
+
+        def tiles(reading: Reading) -> tuple[int, int, int]:
+            """Programs for each multiprocessor, pairs and warps of each."""
+            elements = 32 * (CENTERED_ELEMENTS_PER_THREAD if centers else reading.elements_per_thread)
+            row_bytes = block_hidden * element_size
+            num_warps = max(min(row_bytes // WARP_BYTES, MAX_WARPS_OF_A_TILE), block_hidden // elements, 1)
+            programs_each = max(reading.warps_per_multiprocessor // num_warps, 1)
+            pairs_each = max(num_pairs // (programs_each * processors.count), 1)
+            held = min(reading.tile_bytes // row_bytes, elements * num_warps // block_hidden, MAX_ROWS)
+            return programs_each, previous_power_of_2(max(min(held, pairs_each), 1)), num_warps
+
+        reading = AHEAD if head_gradient else AHEAD_WITHOUT_HEAD_GRADIENT
+        programs_each, block_rows, num_warps = tiles(reading)
+        program_bytes = 2 * (reading.stages - 1) * block_rows * block_hidden * element_size + SCRATCH_BYTES
+        programs_each = min(programs_each, processors.shared_bytes // program_bytes)
+        if programs_each == 0 or hidden_size * element_size % COPIED_BYTES != 0:
+            reading = AT_ONCE
+            programs_each, block_rows, num_warps = tiles(reading)
+        num_programs = min(cdiv(num_pairs, block_rows), programs_each * processors.count)
+        return cls(num_programs, block_rows, block_hidden, num_warps, reading.stages)
 
     @classmethod
     def for_rows(cls, num_rows: int, hidden_size: int, multiprocessors: int) -> LaunchShape:
-        """For writing rows: `num_programs` programs along the rows, striding over tiles, for each block of columns."""
+        """For writing rows: `num_programs` programs, each of a few tiles one below the other, for each block of
+        columns."""
         block_hidden = min(next_power_of_2(hidden_size), 1024)
         while block_hidden > 128 and num_rows * cdiv(hidden_size, block_hidden) < multiprocessors:
             block_hidden //= 2  # few rows are spread by their columns
         column_blocks = cdiv(hidden_size, block_hidden)
         rows_each = next_power_of_2(cdiv(num_rows * column_blocks, multiprocessors))
-        block_rows = min(max(1, WRITTEN_TILE_ELEMENTS // block_hidden), 16, rows_each)
-        num_warps = min(max(block_rows * block_hidden // ELEMENTS_PER_WARP, 1), 8)
-        num_programs = min(
-            cdiv(num_rows, block_rows), cdiv(WRITING_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, column_blocks)
-        )
-        return cls(num_programs, block_rows, block_hidden, num_warps)
+        block_rows = min(max(1, WRITTEN_TILE_ELEMENTS // block_hidden), MAX_ROWS, rows_each)
+        num_warps = min(max(block_rows * block_hidden // WRITTEN_ELEMENTS_PER_WARP, 1), 8)
+        num_tiles = cdiv(num_rows, block_rows)
+        tiles_each = num_tiles * column_blocks // (WRITING_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
+        tiles_each = min(max(tiles_each, 1), TILES_OF_A_PROGRAM)
+        return cls(cdiv(num_tiles, tiles_each), block_rows, block_hidden, num_warps)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import num_multiprocessors, run_on, triton_dtype, uses_kernels
+from normbt_kernels.ops.backend import processors_of, run_on, triton_dtype, uses_kernels
 from normbt_kernels.ops.launch import LaunchShape, cdiv
 from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, refuse_gradients, with_empty_tables
@@ -94,19 +94,23 @@ def _write_gradient_kernel(
     LAYOUT: tl.constexpr, PER_PAIR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Each program: BLOCK_H columns of tiles of BLOCK_N rows, and the head's gradient in the same columns.
+    """Each program: BLOCK_H columns of some tiles of BLOCK_N rows, and the head's gradient in the same columns.
 
     hidden_gradient_ptr: (N*S, H), weight_gradient_ptr: (H,), bias_gradient_ptr: (), each or none.
     gradient_ptr: (2, P). upstream: (P,), or one scalar. coefficient_ptr: (N,) of explicit pairs, or none.
     head_weight: (H,). head_gradient_ptr: (num_partials, num_columns) of which the first H + 1 count, or none.
     last_token: (N,), or none.
     """
-    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    # Programs go along the columns first, so that those which run at once write to neighbouring memory.
+    num_column_blocks = tl.cdiv(hidden_size, BLOCK_H)
+    program, column_block = tl.program_id(0) // num_column_blocks, tl.program_id(0) % num_column_blocks
+    columns = column_block * BLOCK_H + tl.arange(0, BLOCK_H)
     # 1. the rows: position s of sequence n is row n where it is the pooled one, and 0 elsewhere
     if hidden_gradient_ptr is not None:
         head = load_each(head_weight, columns, columns < hidden_size, ACC)
         num_tiles = tl.cdiv(num_rows * tl.cast(sequence_length, tl.int64), BLOCK_N)
-        for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tiles_each = tl.cdiv(num_tiles, tl.num_programs(0) // num_column_blocks)
+        for tile in range(program * tiles_each, tl.minimum((program + 1) * tiles_each, num_tiles)):
             position = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
             row = position
             if last_token.ptr is not None:
@@ -127,10 +131,10 @@ def _write_gradient_kernel(
                 gradient = tl.where(served[:, None], coefficient[:, None] * head[None, :], 0.0)
             out = hidden_gradient_ptr + position[:, None] * hidden_size + columns[None, :]
             mask = (row < num_rows)[:, None] & (columns < hidden_size)[None, :]
-            tl.store(out, round_to(gradient, hidden_gradient_ptr.dtype.element_ty), mask=mask)
+            tl.store(out, round_to(gradient, hidden_gradient_ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
     # 2. the head, by the programs of the first tiles
     if head_gradient_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other on the device)
-        if tl.program_id(0) == 0:
+        if program == 0:
             scale = tl.full([1], 1.0, ACC)
             if not PER_PAIR:
                 scale *= tl.load(upstream.ptr).to(ACC)
@@ -144,7 +148,7 @@ def _write_gradient_kernel(
                 )
             if bias_gradient_ptr is not None:
                 only = tl.arange(0, 1)
-                exists = tl.program_id(1) + only == 0
+                exists = column_block + only == 0
                 total = sum_partials(
                     head_gradient_ptr, num_partials, hidden_size + only, exists, num_columns, BLOCK_K, 1, ACC
                 )
@@ -223,13 +227,13 @@ class GradientPlan:
             )  # fmt: skip
             self.row_sizes = num_pairs, num_rows, rows.sequence_length, hidden_size, hidden_size + 1
         shape = LaunchShape.for_rows(
-            layout.num_positions if needs_hidden else 1, hidden_size, num_multiprocessors(device)
+            layout.num_positions if needs_hidden else 1, hidden_size, processors_of(device).count
         )
         self.num_partials = num_partials
         self.sizes = num_rows, layout.sequence_length, num_pairs, hidden_size, hidden_size + 1
         self.write = Launch(
             _write_gradient_kernel,
-            (shape.num_programs, cdiv(hidden_size, shape.block_hidden), 1),
+            (cdiv(hidden_size, shape.block_hidden) * shape.num_programs, 1, 1),
             shape.num_warps,
             LAYOUT=layout.name,
             PER_PAIR=per_pair,

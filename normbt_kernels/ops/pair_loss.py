@@ -42,6 +42,7 @@ from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 # and the pairs in order.
 NUM_SUMS = 4
 FINALISED_COLUMNS = 32  # of the head's gradient, by each program of the reduction
+MAX_PAIRS = 2**31 - 16  # their numbers and those of a tile beyond the last fit 32 bits
 NO_EMA = EMA(None, None, None, None)
 
 
@@ -129,7 +130,7 @@ def _pair_loss_kernel(
     num_pairs, num_rows, sequence_length, hidden_size, num_columns,
     LABEL_SMOOTHING: tl.constexpr, CENTER_COEF: tl.constexpr, EPS: tl.constexpr, MAX_WEIGHT: tl.constexpr,
     POWER: tl.constexpr, MEAN: tl.constexpr, HEAD_GRADIENT: tl.constexpr, LAYOUT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Each program: every num_programs-th block of BLOCK_P pairs.
 
@@ -168,21 +169,29 @@ def _pair_loss_kernel(
     if MEAN:
         scale = 1.0 / tl.cast(num_pairs, ACC)
 
-    for block in range(program, tl.cdiv(num_pairs, BLOCK_P), tl.num_programs(0)):
-        pair = tl.cast(block, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    for block in tl.range(program, tl.cdiv(num_pairs, BLOCK_P), tl.num_programs(0), num_stages=STAGES):
+        pair = (block * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)  # in 32 bits: MAX_PAIRS
         in_range = pair < num_pairs
         chosen_offset, rejected_offset, exists = locate_pairs(rows, pair, num_pairs, num_rows, sequence_length, LAYOUT)
 
-        # 2. read both rows: rho, and of a linear head d and r_r
+        # 2. read both rows: rho, and of a linear head d and r_r. First what each pair has besides, which then arrives
+        # while the rows are reduced.
+        if not LINEAR:
+            chosen_reward = load_each(scores.chosen_rewards, pair, in_range, ACC)
+            rejected_reward = load_each(scores.rejected_rewards, pair, in_range, ACC)
+        if scores.margin.ptr is not None:
+            margin = load_each(scores.margin, pair, in_range, ACC)
+        if scores.pair_weight.ptr is not None:
+            pair_weight = load_each(scores.pair_weight, pair, in_range, ACC)
         if ONE_BLOCK:
             chosen = load_tile(rows.chosen, chosen_offset, exists, first_columns, hidden_size, ACC)
             rejected = load_tile(rows.rejected, rejected_offset, exists, first_columns, hidden_size, ACC)
+            if LINEAR and REWARDS:
+                rejected_reward = tl.sum(rejected * head[None, :], axis=1)
             delta = chosen - rejected
             if LINEAR:
                 # Before the distance: the other order spills registers of sm_100 at H=16384.
                 difference = tl.sum(delta * head[None, :], axis=1)
-                if REWARDS:
-                    rejected_reward = tl.sum(rejected * head[None, :], axis=1)
             distance = tl.sqrt(tl.sum(delta * delta, axis=1))
         else:
             square = tl.zeros([BLOCK_P, BLOCK_H], ACC)
@@ -209,8 +218,6 @@ def _pair_loss_kernel(
                 rejected_reward += bias
             chosen_reward = rejected_reward + difference
         if not LINEAR:
-            chosen_reward = load_each(scores.chosen_rewards, pair, in_range, ACC)
-            rejected_reward = load_each(scores.rejected_rewards, pair, in_range, ACC)
             difference = chosen_reward - rejected_reward
         # A pair of rows that do not exist is NaN, also where no weight depends on its distance.
         distance = tl.where(exists, distance, float("nan"))
@@ -219,7 +226,7 @@ def _pair_loss_kernel(
         # 3. the loss of each pair and its gradient
         z = difference
         if scores.margin.ptr is not None:
-            z -= load_each(scores.margin, pair, in_range, ACC)
+            z -= margin
         log1p_exp, sigmoid_minus_z = log1p_exp_and_sigmoid(z)
         bt_loss = tl.where(z < 0, -z, 0.0)
         if LABEL_SMOOTHING != 0:  # (1-s) softplus(-z) + s softplus(z), which an infinite margin leaves infinite
@@ -231,7 +238,6 @@ def _pair_loss_kernel(
         loss = bt_loss
         gradient = (LABEL_SMOOTHING - sigmoid_minus_z) * scale
         if scores.pair_weight.ptr is not None:
-            pair_weight = load_each(scores.pair_weight, pair, in_range, ACC)
             loss *= pair_weight
             gradient *= pair_weight
         loss *= weight
@@ -343,7 +349,9 @@ class PairLossPlan:
 
     def __init__(self, rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool):
         dtype, num_pairs, hidden_size = scores.accumulate_dtype(rows), rows.num_pairs, rows.hidden_size
-        shape = rows.launch_shape(centers=options.center_coef != 0)
+        if num_pairs > MAX_PAIRS:
+            raise ValueError(f"at most {MAX_PAIRS} pairs in one call, got {num_pairs}")
+        shape = rows.launch_shape(options.center_coef != 0, head_gradient)
         per_pair, mean, acc = options.reduction == "none", options.reduction == "mean", triton_dtype(dtype)
         num_gradients = hidden_size + 1 if head_gradient else 0
         num_columns = cdiv(NUM_SUMS + num_gradients, 16) * 16  # each program's part is aligned, as the compiler is told
@@ -369,6 +377,7 @@ class PairLossPlan:
             BLOCK_P=shape.block_rows,
             BLOCK_H=shape.block_hidden,
             ACC=acc,
+            STAGES=shape.num_stages,
         )
         self.finalise = None
         if stats or head_gradient or self.takes_up or not per_pair:

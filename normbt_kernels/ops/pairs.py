@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
-from normbt_kernels.ops.backend import num_multiprocessors
+from normbt_kernels.ops.backend import processors_of
 from normbt_kernels.ops.launch import LaunchShape
 
 # On the CPU: of each side 256 K elements, 1 MB in fp32, so that delta is still in a core's cache when it is reduced.
@@ -28,7 +28,7 @@ class RowPairs(NamedTuple):
 
     chosen: Tensor  # (N, H), or (N, S, H) with `last_token`; any strides
     rejected: Tensor  # the same tensor, but for "apart"
-    pairs: Tensor | None  # (P, 2) int64 of "explicit"
+    pairs: Tensor | None  # (P, 2) int64 of "explicit", contiguous
     last_token: Tensor | None  # (N,) the pooled position in S of each row
     layout: str
 
@@ -56,9 +56,16 @@ class RowPairs(NamedTuple):
         if self.last_token is not None:
             _check_range("last_token", self.last_token, hidden.shape[1], f"positions of hidden {tuple(hidden.shape)}")
 
-    def launch_shape(self, centers: bool = False) -> LaunchShape:
-        processors = num_multiprocessors(self.chosen.device)
-        return LaunchShape.for_pairs(self.num_pairs, self.hidden_size, self.chosen.element_size(), processors, centers)
+    def launch_shape(self, centers: bool = False, head_gradient: bool = True) -> LaunchShape:
+        hidden = self.chosen
+        return LaunchShape.for_pairs(
+            self.num_pairs,
+            self.hidden_size,
+            hidden.element_size(),
+            processors_of(hidden.device),
+            centers,
+            head_gradient,
+        )
 
     def blocks(self) -> Iterator[tuple[slice | None, "RowPairs"]]:
         """Blocks of pairs whose rows stay in a core's cache between the operators that read them, each with the place
@@ -154,9 +161,7 @@ class RowArguments(NamedTuple):
     chosen: SideArguments
     rejected: SideArguments
     last_token: Vector
-    index_ptr: Tensor | None
-    index_stride: int
-    index_side_stride: int
+    pairs: Vector
 
     @classmethod
     def of(cls, rows: RowPairs) -> "RowArguments":
@@ -164,8 +169,7 @@ class RowArguments(NamedTuple):
             SideArguments.of(rows.chosen),
             SideArguments.of(rows.rejected),
             NO_VECTOR if rows.last_token is None else Vector.of(rows.last_token),
-            rows.pairs,
-            *((0, 0) if rows.pairs is None else rows.pairs.stride()),
+            NO_VECTOR if rows.pairs is None else Vector.of(rows.pairs),
         )
 
 
@@ -183,8 +187,7 @@ def locate_row(
     elif LAYOUT == "interleaved":
         row = 2 * pair + SIDE
     elif LAYOUT == "explicit":
-        index = pair * rows.index_stride + SIDE * tl.cast(rows.index_side_stride, tl.int64)
-        row = tl.load(rows.index_ptr + index, mask=exists, other=0)
+        row = tl.load(rows.pairs.ptr + 2 * pair + SIDE, mask=exists, other=0)
         exists = exists & (row >= 0) & (row < num_rows)
     else:
         row = pair

@@ -25,6 +25,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from normbt_kernels import pair_distance
+from normbt_kernels.ops import backend
+from normbt_kernels.ops.launch import LaunchShape, Processors
 from reference import normbt as reference
 
 search = settings(
@@ -172,10 +174,9 @@ def test_longest_rows(dtype):
 
 def test_sizes_cross_blocks():
     """Keeps the sizes above honest when the launch shapes change."""
-    from normbt_kernels.ops.launch import LaunchShape
 
     def shape(num_pairs, hidden_size, dtype, centers=False):
-        return LaunchShape.for_pairs(num_pairs, hidden_size, dtype.itemsize, 3, centers)
+        return LaunchShape.for_pairs(num_pairs, hidden_size, dtype.itemsize, backend.INTERPRETED, centers)
 
     shapes = [(size, shape(*size)) for size in SIZES_ACROSS_BLOCKS]
     longer_than_a_block = {dtype for (_, h, dtype), launch in shapes if h > launch.block_hidden}
@@ -214,7 +215,7 @@ def test_own_mean_of_pairs_near_and_far(max_weight, power):
 
 def test_sums_over_many_programs(monkeypatch):
     # 129 pairs on as many programs: more than the 128 partial sums that are added at a time.
-    monkeypatch.setattr("normbt_kernels.ops.pairs.num_multiprocessors", lambda device: 129)
+    monkeypatch.setattr("normbt_kernels.ops.pairs.processors_of", lambda device: Processors(129, 0))
     assert_as_reference(linear_case(129, 2, torch.float32))
     assert_as_reference(linear_case(129, 2, torch.float32, reduction="none"), randn(129))
 
