@@ -169,6 +169,7 @@ def describe(binary) -> dict[str, Any]:
             null.append(f"registers and spills: {error}")
         assembly = binary.asm["ptx"]
         loads = _loads(assembly, _PTX_LOAD, lambda count, bits: int(count or 1) * int(bits) // 8)
+        loads += _loads(assembly, _PTX_COPY, lambda size: int(size, 0))
     else:
         assembly = binary.asm["amdgcn"]
         vectors, scratch = (
@@ -205,6 +206,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 _PTX_LOAD = re.compile(r"ld\.(?:volatile\.)?global(?:\.\w+(?:::\w+)?)*?(?:\.v(\d))?\.[busf](\d+)\s")
+_PTX_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global.*\], (0x[0-9a-f]+|\d+)")  # of tiles ahead, to shared memory
 _AMD_LOAD = re.compile(r"(?:buffer|global|flat)_load_(?:dwordx(\d)|(dword|ushort|sshort|short|ubyte|sbyte))")
 _AMD_BYTES = {"dword": 4, "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1}
 _BARRIER = re.compile(r"bar(?:rier)?\.sync|s_barrier")
