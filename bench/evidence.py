@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-CPU = "amd-epyc-2-cores"  # whose figures README quotes
+CPU, GPU = "amd-epyc-2-cores", "nvidia-h200"  # whose figures README quotes
 BEHIND = "**behind:** "
 COARSE, FINE = "coarse: noisy style", "fine: one wrong token"
 GROUPS = {"all": "all", "fine": FINE, "coarse": COARSE, "closest third": "closest third"}
@@ -241,9 +241,7 @@ def slopes_by_error() -> str:
 
 def numbers() -> str:
     """One row for each figure that matters, those in which this package is behind included."""
-    rows = [*quality_rows(), *static_rows(), *cpu_rows()]
-    rows.append(["speed and memory on a GPU", "not measured", "`bash bench/gpu_check.sh`"])
-    return table(["what", "measured", "command"], rows)
+    return table(["what", "measured", "command"], [*quality_rows(), *static_rows(), *gpu_rows(), *cpu_rows()])
 
 
 def command_of(file: dict[str, Any]) -> str:
@@ -303,9 +301,6 @@ def static_rows() -> list[list[str]]:
     ratios = {name: entry["bytes"] / entry["floor_bytes"] for name, entry in floors.items()}
     above = sorted((ratio, name.removeprefix("linear_normbt_loss, ")) for name, ratio in ratios.items() if ratio > 1.05)
     cases = [f"{len(ratios) - len(above)} at most 1.05", *(f"{name} {ratio:.2g}" for ratio, name in above)]
-    versions = static["targets"]
-    targets = list(next(iter(versions.values())))
-    kernels = [kernel for of_version in versions.values() for of in of_version.values() for kernel in of.values()]
     return [
         [
             f"bytes over the fewest possible, with launches forward + backward (linear, {shown['shape']}; counted)",
@@ -313,12 +308,51 @@ def static_rows() -> list[list[str]]:
             command,
         ],
         [f"the same ratio of bytes in all {len(ratios)} cases that are counted", "; ".join(cases), command],
-        [
-            f"bytes of registers that the compiled kernels spill ({', '.join(targets)}; triton {', '.join(versions)})",
-            f"{sum(kernel['spill_bytes'] for kernel in kernels)}",
-            f"`python -m bench.ahead_of_time {' '.join(targets)}`",
-        ],
     ]
+
+
+def gpu_rows() -> list[list[str]]:
+    large, few = results(f"{GPU}/speed.json"), results(f"{GPU}/goals/small/speed.json")
+    most = max(row["num_pairs"] for row in large["rows"])
+    shares = []
+    for entry in dict.fromkeys(row["entry"] for row in large["rows"]):
+        rows = {r["contender"]: r for r in large["rows"] if (r["entry"], r["num_pairs"]) == (entry, most)}
+        rivals = (
+            "eager",
+            "compiled",
+            *(["bt-eager"] if entry != "reward" else []),
+        )  # BT on given rewards reads no rows
+        ratios = (f"{time_of(rows['ours'], 'device') / time_of(rows[rival], 'device'):.2f}" for rival in rivals)
+        shares.append(f"{entry} {', '.join(ratios)} and {rows['ours']['share_of_copy']['both']:.0%}")
+    sizes: dict[tuple[int, int], dict[str, float]] = {}
+    for row in few["rows"]:
+        sizes.setdefault((row["num_pairs"], row["hidden_size"]), {})[row["contender"]] = time_of(row, "wall")
+
+    def range_of(rival: str) -> str:
+        ratios = [of["ours"] / of[rival] for of in sizes.values()]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    environment, pairs = large["environment"], sorted({num_pairs for num_pairs, _ in sizes})
+    versions = environment["versions"]
+    gpu = f"{environment['device']['name']} (torch {versions['torch']}, triton {versions['triton']})"
+    return [
+        [
+            f"our time on an {gpu} over that of eager NormBT, its `torch.compile` and "
+            f"eager BT, and our speed over a copy's; P={most}, H={large['rows'][0]['hidden_size']}, bf16",
+            "; ".join(shares),
+            command_of(large),
+        ],
+        [
+            f"time of a call from Python on the same GPU, P={pairs[0]} to {pairs[-1]}, linear",
+            f"{range_of('eager')} of eager NormBT's, {range_of('bt-eager')} of eager BT's",
+            command_of(few),
+        ],
+        ["a whole training step on a GPU", "not measured", "`bash bench/gpu_check.sh`"],
+    ]
+
+
+def time_of(row: dict[str, Any], clock: str) -> float:
+    return row[clock]["both"]["median_us"]
 
 
 def cpu_rows() -> list[list[str]]:
@@ -329,15 +363,17 @@ def cpu_rows() -> list[list[str]]:
     for row in speed["rows"]:
         if row["wall"]:
             of_entry = times.setdefault(row["entry"], {})
-            of_entry.setdefault(row["num_pairs"], {})[row["contender"]] = row["wall"]["both"]["median_us"]
+            of_entry.setdefault(row["num_pairs"], {})[row["contender"]] = time_of(row, "wall")
 
-    def ratio_row(what: str, contender: str, size: Callable[[Iterable[int]], int]) -> list[str]:
-        """Our time over the contender's, at the smallest or the largest number of pairs of each entry."""
-        chosen = {entry: of[size(of)] for entry, of in times.items()}
-        ratios = {entry: of["ours"] / of[contender] for entry, of in chosen.items()}
-        mark = BEHIND if max(ratios.values()) > 1 else ""
-        measured = ", ".join(f"{entry} {ratio:.2g}" for entry, ratio in ratios.items())
-        return [f"{mark}{what}, P={size(times['linear'])}", measured, command_of(speed)]
+    def ratio_row(what: str, contender: str, *sizes: Callable[[Iterable[int]], int]) -> list[str]:
+        """Our time over the contender's, at the smallest or the largest number of pairs of each entry, or at both."""
+        ratios = {
+            entry: [of[size(of)]["ours"] / of[size(of)][contender] for size in sizes] for entry, of in times.items()
+        }
+        mark = BEHIND if max(max(of) for of in ratios.values()) > 1 else ""
+        measured = ", ".join(f"{entry} {' and '.join(f'{r:.2g}' for r in of)}" for entry, of in ratios.items())
+        pairs = " and ".join(str(size(times["linear"])) for size in sizes)
+        return [f"{mark}{what}, P={pairs}", measured, command_of(speed)]
 
     environment = speed["environment"]
     cpu = (
@@ -349,8 +385,7 @@ def cpu_rows() -> list[list[str]]:
             f"Hugging Face's bf16 logits {hub['tied']:.2%}; `linear_normbt_loss` {ours['tied']:.2%}",
             command_of(margins),
         ],
-        ratio_row(f"our time over eager NormBT's ({cpu})", "eager", max),
-        ratio_row("our time over eager NormBT's", "eager", min),
+        ratio_row(f"our time over eager NormBT's ({cpu})", "eager", min, max),
         ratio_row("our time over that of `torch.compile` of eager NormBT", "compiled", max),
         [
             f"{BEHIND if overhead['ours'] > overhead['eager'] else ''}a whole training step of a tiny Llama, over BT's",

@@ -54,7 +54,7 @@ class Report:
             "device": self.device,
             "versions": versions(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "load_average_start": os.getloadavg(),
         }
         print(f"{name} on {self.device['name']}, torch {self.environment['versions']['torch']}")
