@@ -50,11 +50,13 @@ class Report:
             torch.set_num_threads(options.threads)
         self.device = describe_device(options.device)
         self.folder: Path = options.out or RESULTS / self.device["slug"]
+        of_bench = sys.argv[1:2] and not sys.argv[1].startswith("-")  # a sub-command
+        module = "bench" if of_bench else f"bench.{name.replace('-', '_')}"
         self.environment = {
             "device": self.device,
             "versions": versions(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", *sys.orig_argv[1:]]),
+            "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
             "load_average_start": os.getloadavg(),
         }
         print(f"{name} on {self.device['name']}, torch {self.environment['versions']['torch']}")
