@@ -108,19 +108,31 @@ def _write_gradient_kernel(
     # 1. the rows: position s of sequence n is row n where it is the pooled one, and 0 elsewhere
     if hidden_gradient_ptr is not None:
         head = load_each(head_weight, columns, columns < hidden_size, ACC)
-        num_tiles = tl.cdiv(num_rows * tl.cast(sequence_length, tl.int64), BLOCK_N)
+        # A tile lies in one sequence: one division finds it, where each position would need one of its own.
+        tiles_of_sequence = tl.cdiv(sequence_length, BLOCK_N)
+        num_tiles = tl.cdiv(tl.cast(num_rows, tl.int64), BLOCK_N)
+        if last_token.ptr is not None:
+            num_tiles = num_rows * tl.cast(tiles_of_sequence, tl.int64)
         tiles_each = tl.cdiv(num_tiles, tl.num_programs(0) // num_column_blocks)
         for tile in range(program * tiles_each, tl.minimum((program + 1) * tiles_each, num_tiles)):
-            position = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            row = position
+            place = tl.arange(0, BLOCK_N)
+            serves = True  # whether any position of the tile does
             if last_token.ptr is not None:
-                row = position // sequence_length
-            served = row < num_rows
-            if last_token.ptr is not None:
-                token = tl.load(last_token.ptr + row * last_token.stride, mask=served, other=-1).to(tl.int64)
-                served = served & (token == position % sequence_length)
+                sequence = tl.cast(tile, tl.int64) // tiles_of_sequence
+                place += (tile % tiles_of_sequence).to(tl.int32) * BLOCK_N
+                exists = place < sequence_length
+                position = sequence * sequence_length + place
+                token = tl.load(last_token.ptr + sequence * last_token.stride).to(tl.int64)
+                served = exists & (place == token)
+                serves = token // BLOCK_N == tile % tiles_of_sequence
+                row = sequence + tl.zeros([BLOCK_N], tl.int64)
+            else:
+                position = tl.cast(tile, tl.int64) * BLOCK_N + place
+                exists = position < num_rows
+                served = exists
+                row = position
             gradient = tl.zeros([BLOCK_N, BLOCK_H], ACC)
-            if tl.max(served.to(tl.int32), axis=0) > 0:
+            if serves:
                 if LAYOUT == "explicit":
                     coefficient = tl.load(coefficient_ptr + row, mask=served, other=0.0)
                 else:
@@ -130,7 +142,7 @@ def _write_gradient_kernel(
                     coefficient *= load_upstream(upstream, pair, served, PER_PAIR, ACC)
                 gradient = tl.where(served[:, None], coefficient[:, None] * head[None, :], 0.0)
             out = hidden_gradient_ptr + position[:, None] * hidden_size + columns[None, :]
-            mask = (row < num_rows)[:, None] & (columns < hidden_size)[None, :]
+            mask = exists[:, None] & (columns < hidden_size)[None, :]
             tl.store(out, round_to(gradient, hidden_gradient_ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
     # 2. the head, by the programs of the first tiles
     if head_gradient_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other on the device)
