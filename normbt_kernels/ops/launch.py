@@ -116,10 +116,9 @@ class LaunchShape:
             elements = 32 * (CENTERED_ELEMENTS_PER_THREAD if centers else reading.elements_per_thread)
             row_bytes = block_hidden * element_size
             num_warps = max(min(row_bytes // WARP_BYTES, MAX_WARPS_OF_A_TILE), block_hidden // elements, 1)
-            programs_each = max(reading.warps_per_multiprocessor // num_warps, 1)
-            pairs_each = max(num_pairs // (programs_each * processors.count), 1)
             held = min(reading.tile_bytes // row_bytes, elements * num_warps // block_hidden, MAX_ROWS)
-            return programs_each, previous_power_of_2(max(min(held, pairs_each), 1)), num_warps
+            block_rows = previous_power_of_2(max(min(held, num_pairs // processors.count), 1))
+            return max(reading.warps_per_multiprocessor // num_warps, 1), block_rows, num_warps
 
         reading = AHEAD if head_gradient else AHEAD_WITHOUT_HEAD_GRADIENT
         programs_each, block_rows, num_warps = tiles(reading)

@@ -134,12 +134,12 @@ SIZES_ACROSS_BLOCKS = [
     (2, 31, torch.float16),
     (17, 33, torch.float32),  # more pairs than a block of 16, and not a multiple of it
     (7, 127, torch.bfloat16),  # four blocks of 32 columns of the head's gradient, the last one not full
-    (97, 2, torch.float32),  # 7 blocks of 16 pairs on the interpreter's 6 programs: one program strides
-    (5, 1000, torch.float32),  # 4 pairs to a block
+    (97, 2, torch.float32),  # 7 blocks of 16 pairs, the last one not full
+    (29, 1000, torch.float32),  # 8 blocks of 4 pairs on the interpreter's 6 programs, which read ahead: two stride
     (3, 1025, torch.bfloat16),  # two blocks of columns where the gradient of the rows is written
     (2, 4097, torch.float64),  # rows of fp64 too long to be held ...
-    (7, 8193, torch.float32),  # ... of fp32, two pairs to a block
-    (7, 4097, torch.bfloat16),  # one pair to a block, on 3 programs, so a program has two or three to sum
+    (7, 8193, torch.float32),  # ... of fp32
+    (7, 4097, torch.bfloat16),  # one pair to a block, on 6 programs, so one has two to sum
     (2, 16385, torch.bfloat16),  # ... of bf16
     (2, 8193, torch.bfloat16),  # ... of bf16 with centering
 ]
@@ -185,6 +185,7 @@ def test_sizes_cross_blocks():
     striding = [launch.block_rows for (p, _, _), launch in shapes if p > launch.num_programs * launch.block_rows]
     assert 1 in striding
     assert max(striding) > 1
+    assert {launch.num_stages for _, launch in shapes} == {1, 3}
     assert any(1 < launch.block_rows < p for (p, _, _), launch in shapes)
     assert any(h > LaunchShape.for_rows(p, h, 3).block_hidden for p, h, _ in SIZES_ACROSS_BLOCKS)
 
