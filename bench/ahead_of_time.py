@@ -51,9 +51,18 @@ def entry_points() -> dict[str, Callable[[], object]]:
     def rows(hidden_size, dtype=torch.bfloat16, num_pairs=NUM_PAIRS):
         return torch.zeros(2 * num_pairs, hidden_size, dtype=dtype)  # no kernel looks at them
 
-    def linear(hidden_size=4096, dtype=torch.bfloat16, mu=1.0, frozen=(), num_pairs=NUM_PAIRS, **options):
-        hidden = rows(hidden_size, dtype, num_pairs).requires_grad_("hidden" not in frozen)
-        weight, bias = torch.randn(hidden_size, dtype=dtype), torch.zeros(1)
+    def linear(
+        hidden_size=4096,
+        dtype=torch.bfloat16,
+        mu=1.0,
+        frozen=(),
+        num_pairs=NUM_PAIRS,
+        step=1,
+        head_dtype=None,
+        **options,
+    ):
+        hidden = rows(step * hidden_size, dtype, num_pairs)[:, ::step].requires_grad_("hidden" not in frozen)
+        weight, bias = torch.randn(hidden_size, dtype=head_dtype or dtype), torch.zeros(1)
         for tensor in (weight, bias):
             tensor.requires_grad_("head" not in frozen)
         loss = normbt_kernels.linear_normbt_loss(hidden, weight, mu, bias=bias, **options)
@@ -66,9 +75,9 @@ def entry_points() -> dict[str, Callable[[], object]]:
 
     explicit = torch.randint(0, 2 * NUM_PAIRS, (NUM_PAIRS, 2))
 
-    def pooled():
-        hidden = torch.randn(16, 8, 4096, dtype=torch.bfloat16, requires_grad=True)
-        last_token = torch.zeros(16, dtype=torch.int64)
+    def pooled(num_pairs=8):
+        hidden = torch.zeros(2 * num_pairs, 8, 4096, dtype=torch.bfloat16, requires_grad=True)
+        last_token = torch.zeros(2 * num_pairs, dtype=torch.int64)
         weight = torch.randn(4096, requires_grad=True)
         normbt_kernels.LinearNormBTLoss()(hidden, weight, last_token=last_token).backward()
 
@@ -115,7 +124,10 @@ def entry_points() -> dict[str, Callable[[], object]]:
         "linear, reduction none": lambda: linear(reduction="none"),
         "linear, explicit pairs, reduction none": lambda: linear(pairs=explicit, reduction="none"),
         "linear, odd H": lambda: linear(4099),
+        "linear, columns apart": lambda: linear(step=2),
+        "linear, head in fp64": lambda: linear(head_dtype=torch.float64),
         "pooled with EMA": pooled,
+        "pooled with EMA, many pairs": lambda: pooled(NUM_PAIRS),
         "reward form": lambda: reward(1.0),
         "reward form, the batch's own mean": lambda: reward(None),
         "reward form, power 0.5": lambda: reward(1.0, 0.5),

@@ -63,7 +63,10 @@ def run(options: argparse.Namespace) -> int:
             rows += measure_case(
                 case, options.contender, options.device, report.device["cache_bytes"], seconds, options.compile_backend
             )
-    finally:  # a capture that fails can leave a GPU on which nothing runs any more
+    except BaseException:  # a capture that fails can leave a GPU on which nothing runs any more
+        report.name = "speed-partial"
+        raise
+    finally:
         print_rows(rows)
         report.save({"labels": labels, "compile_backend": options.compile_backend, "rows": rows})
     report.save_figure(lambda plt: draw(plt, rows))

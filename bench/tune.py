@@ -12,6 +12,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -21,15 +22,16 @@ from tqdm import tqdm
 from bench.contenders import Case, ours
 from bench.harness import DTYPES, Report, print_table
 from bench.timing import Calls, Replays, Seconds, free_bytes, number_of_buffers, take_turns
-from normbt_kernels.ops import launch
+from normbt_kernels.ops import launch, linear_gradient, pair_loss
 from normbt_kernels.ops.backend import processors_of, uses_kernels
 from normbt_kernels.ops.launch import LaunchShape, Reading
+from normbt_kernels.ops.launcher import Plans
 
 # What the launch shapes of each phase depend on, and the values to try: the fields of `launch.AHEAD`, and constants.
 CONSTANTS = {
     "forward": {
         "tile_bytes": (8192, 16384, 32768),
-        "elements_per_thread": (32, 64),
+        "register_bytes": (128, 256),
         "warps_per_multiprocessor": (8, 12, 16),
         "stages": (1, 3, 4),
     },
@@ -112,12 +114,19 @@ def time_shapes(
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def sampler(shape: LaunchShape) -> Callable[[], Seconds]:
-        given = patch.object(LaunchShape, "for_pairs" if phase == "forward" else "for_rows", lambda *_, **__: shape)
-        with given:
+        name, module = ("for_pairs", pair_loss) if phase == "forward" else ("for_rows", linear_gradient)
+        plans: Plans = Plans()  # a plan holds the shape that it was made with
+
+        @contextmanager
+        def given() -> Iterator[None]:
+            with patch.object(LaunchShape, name, lambda *_, **__: shape), patch.object(module, "_plans", plans):
+                yield
+
+        with given():
             calls = Replays(ours, buffers, pool) if device.type == "cuda" else Calls(ours, buffers)
 
         def sample() -> Seconds:
-            with given:
+            with given():
                 return calls()
 
         return sample

@@ -139,7 +139,7 @@ def row_pairs(hidden: Tensor, pairs: str | Tensor, last_token: Tensor | None) ->
         if pairs.dim() != 2 or pairs.shape[1] != 2:
             raise ValueError(f"pairs must be (P, 2) of (chosen, rejected) rows, got {tuple(pairs.shape)}")
         _check_device("pairs", pairs, hidden.device)
-        return RowPairs(hidden, hidden, pairs.contiguous(), last_token, "explicit")
+        return RowPairs(hidden, hidden, pairs, last_token, "explicit")
     if not isinstance(pairs, str):
         raise TypeError(f"pairs must be one of {LAYOUTS} or an int64 tensor (P, 2), got {type(pairs).__name__}")
     if pairs not in LAYOUTS:

@@ -268,7 +268,7 @@ def test_tune_times_each_shape_and_proposes_constants(tmp_path):
 
 def test_tune_proposes_what_is_fastest_over_all_sizes(monkeypatch):
     device, cases = torch.device("cpu"), [Case("linear", p, 64, torch.float32) for p in (40, 400)]
-    best = {"tile_bytes": 8192, "elements_per_thread": 32, "warps_per_multiprocessor": 16, "stages": 4}
+    best = {"tile_bytes": 8192, "register_bytes": 128, "warps_per_multiprocessor": 16, "stages": 4}
     times = {}
     for case in cases:
         shapes = {s: tune.shape_of(case, "forward", s, device) for s in tune.settings("forward")}

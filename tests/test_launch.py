@@ -23,11 +23,15 @@ processors = st.builds(Processors, multiprocessors, st.sampled_from([0, 64 * 102
 H200 = Processors(132, 228 * 1024)
 
 
-@given(sizes, hidden_sizes, element_sizes, processors, st.booleans(), st.booleans())
+@given(
+    sizes, hidden_sizes, element_sizes, processors, st.sampled_from([4, 8]), st.booleans(), st.booleans(), st.booleans()
+)
 def test_pairs_are_covered_by_tiles_that_fit_registers_and_shared_memory(
-    num_pairs, hidden_size, element_size, processors, centers, head_gradient
+    num_pairs, hidden_size, element_size, processors, accumulated_size, copied, centers, head
 ):
-    shape = LaunchShape.for_pairs(num_pairs, hidden_size, element_size, processors, centers, head_gradient)
+    accumulated_size = max(accumulated_size, element_size)
+    options = accumulated_size, copied, centers, head
+    shape = LaunchShape.for_pairs(num_pairs, hidden_size, element_size, processors, *options)
     assert 1 <= shape.num_programs <= MAX_WARPS // shape.num_warps * processors.count
     assert shape.num_programs <= cdiv(num_pairs, shape.block_rows), "a program without a pair"
     if shape.block_hidden < hidden_size:
@@ -36,14 +40,15 @@ def test_pairs_are_covered_by_tiles_that_fit_registers_and_shared_memory(
         assert shape.num_stages == 1, "the loop over blocks of columns is not the one that reads ahead"
     else:
         assert shape.block_hidden * element_size <= MAX_ROW_BYTES
-    elements = shape.block_rows * shape.block_hidden / (32 * shape.num_warps)
-    assert elements <= (64 if shape.num_stages > 1 and not centers else 32), "of one tile per thread"
+    register_bytes = shape.block_rows * shape.block_hidden * accumulated_size / (32 * shape.num_warps)
+    most = 256 if shape.num_stages > 1 and not centers else 128
+    assert register_bytes <= most or shape.num_warps == MAX_WARPS or shape.block_hidden < hidden_size
     for size in (shape.block_rows, shape.block_hidden, shape.num_warps):
         assert size & (size - 1) == 0, "Triton's blocks and warps are powers of two"
     if shape.num_stages > 1:
         ahead = 2 * (shape.num_stages - 1) * shape.block_rows * shape.block_hidden * element_size
         assert cdiv(shape.num_programs, processors.count) * (ahead + SCRATCH_BYTES) <= processors.shared_bytes
-        assert hidden_size * element_size % 16 == 0, "rows that cannot be copied to shared memory"
+        assert copied
 
 
 @given(sizes, hidden_sizes, multiprocessors)
@@ -67,5 +72,5 @@ def test_few_rows_are_spread_over_the_multiprocessors(num_rows, hidden_size):
 
 def test_many_pairs_take_the_persistent_grid_that_was_measured():
     assert LaunchShape.for_pairs(65536, 4096, 2, H200) == LaunchShape(264, 2, 4096, 4, 3)
-    assert LaunchShape.for_pairs(65536, 4096, 2, H200, head_gradient=False) == LaunchShape(396, 2, 4096, 4, 3)
+    assert LaunchShape.for_pairs(65536, 4096, 2, H200, head=False) == LaunchShape(396, 2, 4096, 4, 3)
     assert LaunchShape.for_pairs(65536, 1024, 2, H200) == LaunchShape(528, 4, 1024, 2, 3)

@@ -6,7 +6,7 @@ warps of many elements each: less is added up between warps. Few pairs are sprea
 pairs. A pair is not split over programs: its loss would be known only in the next launch, which would have to read the
 rows again for the head's gradient. One program already has both rows on their way at once.
 
-The constants were measured on an H200 (bench/NOTES.md).
+AHEAD, AHEAD_WITHOUT_HEAD and the written tile were measured on an H200 (bench/NOTES.md).
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ class Reading(NamedTuple):
     """How a pass reads many pairs of rows that one program can hold."""
 
     tile_bytes: int  # of one side
-    elements_per_thread: int  # of one side's tile, and as many of the head and of its gradient, in registers
+    register_bytes: int  # of one side's tile, in each thread; the head and its gradient take as many again
     warps_per_multiprocessor: int
     stages: int  # tiles of a program that are in hand or on their way
 
 
-AHEAD = Reading(16384, 64, 8, 3)
-# Without the head's gradient there are registers for more programs, and no partial sums to write.
-AHEAD_WITHOUT_HEAD_GRADIENT = Reading(16384, 64, 12, 3)
+AHEAD = Reading(16384, 256, 8, 3)
+# Given rewards, there are registers for more programs, and no partial sums to write.
+AHEAD_WITHOUT_HEAD = Reading(16384, 256, 12, 3)
 # Where shared memory cannot hold the tiles to come: the loads of one program overlap the reductions of others.
-AT_ONCE = Reading(8192, 32, 16, 1)
-CENTERED_ELEMENTS_PER_THREAD = 32  # centering keeps the rejected rows as well
+AT_ONCE = Reading(8192, 128, 16, 1)
+BY_ELEMENTS = Reading(8192, 64, 16, 1)  # rows that are not copied in pieces: every element has its own address
+CENTERED_REGISTER_BYTES = 128  # centering keeps the rejected rows as well
 MAX_ROWS = 16  # of a tile
 # Of a row, for each warp. With half as many, twice the warps add up each row: at H=1024 in bf16 394 us instead of 265.
 WARP_BYTES = 1024
-MAX_WARPS_OF_A_TILE = 4  # if its rows are no longer than their registers hold
-COPIED_BYTES = 16  # rows are copied to shared memory in such pieces; those of an odd length are read by single elements
-SCRATCH_BYTES = 8192  # of shared memory, beside the tiles, for reductions
+WARPS_OF_A_TILE = 4  # at most, or as many as it takes to hold a row
+SCRATCH_BYTES = 2048  # of shared memory, for each program beside its tiles
 # Rows up to this size (16384 columns of 16 bits, 8192 of fp32) stay whole in the registers of one program.
 MAX_ROW_BYTES = 32768
 MAX_CENTERED_ROW_BYTES = 16384
 # Longer rows are read in blocks of this size, and a second time for the head's gradient. Twice as many take 16 warps,
 # whose threads have no more than 128 registers each, and sm_100 then spills.
 LONG_ROW_BLOCK_BYTES = 8192
-# Of one row in a block of its own, for each warp: 16 in each of its threads.
+FEW_PAIRS_PER_MULTIPROCESSOR = 2  # up to as many, each pair has a program of its own
+# Of the row, or of the block of a long one, of such a program.
 ELEMENTS_PER_WARP = 512
-PROGRAMS_PER_MULTIPROCESSOR = 2  # of these
-MAX_WARPS = 16  # of one program, and of these programs on one multiprocessor
+MAX_WARPS = 16  # of one program
 # Elements of one tile of a gradient that is only written: 32 of them in each thread of 8 warps.
 WRITTEN_TILE_ELEMENTS = 8192
 WRITTEN_ELEMENTS_PER_WARP = 1024
@@ -91,8 +91,10 @@ class LaunchShape:
         hidden_size: int,
         element_size: int,
         processors: Processors,
+        accumulated_size: int = 4,
+        copied: bool = True,
         centers: bool = False,
-        head_gradient: bool = True,
+        head: bool = True,
     ) -> LaunchShape:
         """For reading pairs of rows: persistent programs, each striding over tiles of `block_rows` pairs.
 
@@ -100,33 +102,36 @@ class LaunchShape:
             num_pairs, hidden_size: P >= 1 and H >= 1.
             element_size: bytes of one element of a row.
             processors: of the device.
+            accumulated_size: bytes of an element in registers.
+            copied: whether rows come in pieces of 16 bytes, as copies to shared memory do.
             centers: whether the centering term is asked for.
-            head_gradient: whether the head's gradient is.
+            head: whether the pass holds a head, and sums its gradient.
         """
         block_hidden = next_power_of_2(hidden_size)
-        long = block_hidden * element_size > (MAX_CENTERED_ROW_BYTES if centers else MAX_ROW_BYTES)
-        if long or num_pairs <= PROGRAMS_PER_MULTIPROCESSOR * processors.count:
-            block_hidden = LONG_ROW_BLOCK_BYTES // element_size if long else block_hidden
+        row_bytes = block_hidden * element_size
+        is_long = row_bytes > (MAX_CENTERED_ROW_BYTES if centers else MAX_ROW_BYTES)
+        if is_long or num_pairs <= FEW_PAIRS_PER_MULTIPROCESSOR * processors.count:
+            block_hidden = LONG_ROW_BLOCK_BYTES // element_size if is_long else block_hidden
             num_warps = min(max(block_hidden // ELEMENTS_PER_WARP, 1), MAX_WARPS)
-            programs_each = min(MAX_WARPS // num_warps, PROGRAMS_PER_MULTIPROCESSOR)
+            programs_each = min(MAX_WARPS // num_warps, FEW_PAIRS_PER_MULTIPROCESSOR)
             return cls(min(num_pairs, programs_each * processors.count), 1, block_hidden, num_warps)
 
-        def tiles(reading: Reading) -> tuple[int, int, int]:
-            """Programs for each multiprocessor, pairs and warps of each."""
-            elements = 32 * (CENTERED_ELEMENTS_PER_THREAD if centers else reading.elements_per_thread)
-            row_bytes = block_hidden * element_size
-            num_warps = max(min(row_bytes // WARP_BYTES, MAX_WARPS_OF_A_TILE), block_hidden // elements, 1)
-            held = min(reading.tile_bytes // row_bytes, elements * num_warps // block_hidden, MAX_ROWS)
+        ahead = AHEAD if head else AHEAD_WITHOUT_HEAD
+        for reading in (ahead, AT_ONCE) if copied else (BY_ELEMENTS,):
+            register_bytes = reading.register_bytes
+            if centers:
+                register_bytes = min(register_bytes, CENTERED_REGISTER_BYTES)
+            elements_per_warp = 32 * register_bytes // accumulated_size
+            num_warps = max(min(row_bytes // WARP_BYTES, WARPS_OF_A_TILE), block_hidden // elements_per_warp, 1)
+            num_warps = min(num_warps, MAX_WARPS)
+            held = min(reading.tile_bytes // row_bytes, elements_per_warp * num_warps // block_hidden, MAX_ROWS)
             block_rows = previous_power_of_2(max(min(held, num_pairs // processors.count), 1))
-            return max(reading.warps_per_multiprocessor // num_warps, 1), block_rows, num_warps
-
-        reading = AHEAD if head_gradient else AHEAD_WITHOUT_HEAD_GRADIENT
-        programs_each, block_rows, num_warps = tiles(reading)
-        program_bytes = 2 * (reading.stages - 1) * block_rows * block_hidden * element_size + SCRATCH_BYTES
-        programs_each = min(programs_each, processors.shared_bytes // program_bytes)
-        if programs_each == 0 or hidden_size * element_size % COPIED_BYTES != 0:
-            reading = AT_ONCE
-            programs_each, block_rows, num_warps = tiles(reading)
+            programs_each = max(reading.warps_per_multiprocessor // num_warps, 1)
+            if reading.stages > 1:
+                program_bytes = 2 * (reading.stages - 1) * block_rows * row_bytes + SCRATCH_BYTES
+                programs_each = min(programs_each, processors.shared_bytes // program_bytes)
+            if programs_each > 0:
+                break
         num_programs = min(cdiv(num_pairs, block_rows), programs_each * processors.count)
         return cls(num_programs, block_rows, block_hidden, num_warps, reading.stages)
 
@@ -144,4 +149,4 @@ class LaunchShape:
         num_tiles = cdiv(num_rows, block_rows)
         tiles_each = num_tiles * column_blocks // (WRITING_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
         tiles_each = min(max(tiles_each, 1), TILES_OF_A_PROGRAM)
-        return cls(cdiv(num_tiles, tiles_each), block_rows, block_hidden, num_warps)
+        return cls(max(cdiv(num_tiles, tiles_each), 1), block_rows, block_hidden, num_warps)

@@ -231,7 +231,7 @@ class GradientPlan:
             )  # fmt: skip
         if needs_head and per_pair:
             rows = layout.rows(hidden)
-            shape = rows.launch_shape()
+            shape = rows.launch_shape(dtype)
             num_partials = shape.num_programs
             self.sum_head = Launch(
                 _sum_head_gradient_kernel, (num_partials, 1, 1), shape.num_warps,

@@ -14,41 +14,47 @@ from normbt_kernels.ops.library import define_op, is_watched, without_gradients
 from normbt_kernels.ops.on_cpu import distances_on_cpu
 from normbt_kernels.ops.pairs import RowArguments, RowPairs, accumulate_dtype, load_tile, locate_pairs
 
-# Columns at a time: without a head there is nothing for which a row should stay in registers whole.
-MAX_BLOCK = 8192
-
 
 @triton.jit(do_not_specialize=["num_pairs", "num_rows", "sequence_length"])
 def _measure_distance_kernel(
     rows, distance_ptr, num_pairs, num_rows, sequence_length, hidden_size,
-    LAYOUT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Each program: every num_programs-th block of BLOCK_P pairs. distance_ptr: (P,)."""
-    for block in range(tl.program_id(0), tl.cdiv(num_pairs, BLOCK_P), tl.num_programs(0)):
+    first_columns = tl.arange(0, BLOCK_H)
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_pairs, BLOCK_P), tl.num_programs(0), num_stages=STAGES):
         pair = tl.cast(block, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         chosen_offset, rejected_offset, exists = locate_pairs(rows, pair, num_pairs, num_rows, sequence_length, LAYOUT)
-        square = tl.zeros([BLOCK_P, BLOCK_H], ACC)
-        for start in range(0, hidden_size, BLOCK_H):
-            columns = start + tl.arange(0, BLOCK_H)
-            chosen = load_tile(rows.chosen, chosen_offset, exists, columns, hidden_size, ACC)
-            delta = chosen - load_tile(rows.rejected, rejected_offset, exists, columns, hidden_size, ACC)
-            square += delta * delta
+        if ONE_BLOCK:
+            chosen = load_tile(rows.chosen, chosen_offset, exists, first_columns, hidden_size, ACC)
+            delta = chosen - load_tile(rows.rejected, rejected_offset, exists, first_columns, hidden_size, ACC)
+            square = delta * delta
+        else:
+            square = tl.zeros([BLOCK_P, BLOCK_H], ACC)
+            for start in range(0, hidden_size, BLOCK_H):
+                columns = start + first_columns
+                chosen = load_tile(rows.chosen, chosen_offset, exists, columns, hidden_size, ACC)
+                delta = chosen - load_tile(rows.rejected, rejected_offset, exists, columns, hidden_size, ACC)
+                square += delta * delta
         distance = tl.where(exists, tl.sqrt(tl.sum(square, axis=1)), float("nan"))
         tl.store(distance_ptr + pair, distance, mask=pair < num_pairs)
 
 
 class DistancePlan:
     def __init__(self, rows: RowPairs, distance: Tensor):
-        shape = rows.launch_shape()
+        shape = rows.launch_shape(distance.dtype, head=False)
         self.sizes = rows.num_pairs, rows.chosen.shape[0], rows.sequence_length, rows.hidden_size
         self.measure = Launch(
             _measure_distance_kernel,
             (shape.num_programs, 1, 1),
             shape.num_warps,
             LAYOUT=rows.layout,
+            ONE_BLOCK=shape.block_hidden >= rows.hidden_size,
             BLOCK_P=shape.block_rows,
-            BLOCK_H=min(shape.block_hidden, MAX_BLOCK),
+            BLOCK_H=shape.block_hidden,
             ACC=triton_dtype(distance.dtype),
+            STAGES=shape.num_stages,
         )
 
     def run(self, rows: RowPairs, distance: Tensor) -> None:

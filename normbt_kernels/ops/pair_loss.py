@@ -42,7 +42,7 @@ from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 # and the pairs in order.
 NUM_SUMS = 4
 FINALISED_COLUMNS = 32  # of the head's gradient, by each program of the reduction
-MAX_PAIRS = 2**31 - 16  # their numbers and those of a tile beyond the last fit 32 bits
+MAX_PAIRS = 2**31 - 2**16  # numbers of pairs fit 32 bits, also those of the tiles that follow the last
 NO_EMA = EMA(None, None, None, None)
 
 
@@ -351,7 +351,7 @@ class PairLossPlan:
         dtype, num_pairs, hidden_size = scores.accumulate_dtype(rows), rows.num_pairs, rows.hidden_size
         if num_pairs > MAX_PAIRS:
             raise ValueError(f"at most {MAX_PAIRS} pairs in one call, got {num_pairs}")
-        shape = rows.launch_shape(options.center_coef != 0, head_gradient)
+        shape = rows.launch_shape(dtype, options.center_coef != 0, scores.head_weight is not None)
         per_pair, mean, acc = options.reduction == "none", options.reduction == "mean", triton_dtype(dtype)
         num_gradients = hidden_size + 1 if head_gradient else 0
         num_columns = cdiv(NUM_SUMS + num_gradients, 16) * 16  # each program's part is aligned, as the compiler is told

@@ -28,7 +28,7 @@ class RowPairs(NamedTuple):
 
     chosen: Tensor  # (N, H), or (N, S, H) with `last_token`; any strides
     rejected: Tensor  # the same tensor, but for "apart"
-    pairs: Tensor | None  # (P, 2) int64 of "explicit", contiguous
+    pairs: Tensor | None  # (P, 2) int64 of "explicit"
     last_token: Tensor | None  # (N,) the pooled position in S of each row
     layout: str
 
@@ -56,15 +56,19 @@ class RowPairs(NamedTuple):
         if self.last_token is not None:
             _check_range("last_token", self.last_token, hidden.shape[1], f"positions of hidden {tuple(hidden.shape)}")
 
-    def launch_shape(self, centers: bool = False, head_gradient: bool = True) -> LaunchShape:
-        hidden = self.chosen
+    def launch_shape(self, accumulated: torch.dtype, centers: bool = False, head: bool = True) -> LaunchShape:
+        hidden, size = self.chosen, self.chosen.element_size()
+        strides = [stride for rows in (self.chosen, self.rejected) for stride in rows.stride()[:-1]]
+        copied = hidden.stride(-1) == self.rejected.stride(-1) == 1 and all(s * size % 16 == 0 for s in strides)
         return LaunchShape.for_pairs(
             self.num_pairs,
             self.hidden_size,
-            hidden.element_size(),
+            size,
             processors_of(hidden.device),
+            accumulated.itemsize,
+            copied,
             centers,
-            head_gradient,
+            head,
         )
 
     def blocks(self) -> Iterator[tuple[slice | None, "RowPairs"]]:
@@ -169,7 +173,7 @@ class RowArguments(NamedTuple):
             SideArguments.of(rows.chosen),
             SideArguments.of(rows.rejected),
             NO_VECTOR if rows.last_token is None else Vector.of(rows.last_token),
-            NO_VECTOR if rows.pairs is None else Vector.of(rows.pairs),
+            NO_VECTOR if rows.pairs is None else Vector.of(rows.pairs.contiguous()),
         )
 
 

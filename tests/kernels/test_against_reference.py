@@ -176,7 +176,14 @@ def test_sizes_cross_blocks():
     """Keeps the sizes above honest when the launch shapes change."""
 
     def shape(num_pairs, hidden_size, dtype, centers=False):
-        return LaunchShape.for_pairs(num_pairs, hidden_size, dtype.itemsize, backend.INTERPRETED, centers)
+        return LaunchShape.for_pairs(
+            num_pairs,
+            hidden_size,
+            dtype.itemsize,
+            backend.INTERPRETED,
+            centers=centers,
+            copied=hidden_size * dtype.itemsize % 16 == 0,
+        )
 
     shapes = [(size, shape(*size)) for size in SIZES_ACROSS_BLOCKS]
     longer_than_a_block = {dtype for (_, h, dtype), launch in shapes if h > launch.block_hidden}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cases import (
+    BACKEND,
     CASES,
     DEVICE,
     DTYPES,
@@ -23,6 +24,7 @@ from cases import (
 )
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, linear_normbt_loss, pair_distance
+from normbt_kernels.ops.pair_loss import MAX_PAIRS
 
 # Inf and NaN are what some of these tests are about; the interpreter's NumPy warns of them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -327,3 +329,21 @@ def test_the_entries_of_any_vector_may_lie_far_apart(name):
 def test_the_two_sides_may_have_two_dtypes(rejected):
     case = reward_case(dtype=torch.float32)
     assert_as_reference(case.having(rejected_hidden=case.arguments["rejected_hidden"].to(rejected)))
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch's operators and numpy number pairs with 64 bits")
+def test_more_pairs_than_the_kernels_number_are_refused():
+    rows = torch.zeros(1, 1, device=DEVICE).expand(2 * MAX_PAIRS + 2, 1)
+    with pytest.raises(ValueError, match=f"at most {MAX_PAIRS} pairs in one call, got {MAX_PAIRS + 1}"):
+        linear_normbt_loss(rows, torch.ones(1, device=DEVICE), 1.0)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="launch shapes are those of kernels")
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_the_loss_is_the_same_to_the_bit_whatever_is_trained(trained):
+    case = linear_case(200, 24, torch.float32)
+    alone = {name: x.detach().requires_grad_(name == trained) for name, x in case.inputs.items()}
+    assert_same_bits(
+        linear_normbt_loss(**alone, **case.arguments).detach(),
+        linear_normbt_loss(**case.inputs, **case.arguments).detach(),
+    )

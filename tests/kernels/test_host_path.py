@@ -332,3 +332,18 @@ def test_plans_of_kinds_that_keep_changing_are_dropped():
         plans.find(kind, next, made)
         assert plans.find(kind, next, made) == kind
     assert len(plans._plans) <= MAX_PLANS
+
+
+@pytest.mark.skipif(BACKEND != "triton-interpreter", reason="bench tune needs kernels, and a GPU its own time")
+@pytest.mark.parametrize(
+    ("phase", "plan", "num_pairs"), [("forward", "PairLossPlan", 29), ("backward", "GradientPlan", 200)]
+)
+def test_bench_tune_launches_each_shape_that_it_times(phase, plan, num_pairs, monkeypatch):
+    from bench import tune
+    from bench.contenders import Case
+
+    module = pair_loss if phase == "forward" else linear_gradient
+    made, make = [], getattr(module, plan)
+    monkeypatch.setattr(module, plan, lambda *arguments: made.append(arguments) or make(*arguments))
+    times = tune.time_shapes(Case("linear", num_pairs, 16, torch.float32), phase, torch.device("cpu"), 0, 0.01)
+    assert len(made) == len(times) > 1
