@@ -1,5 +1,7 @@
 """Both forms against the reference in fp64, over sizes, strides, layouts, dtypes, options and upstream gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import (
@@ -164,6 +166,13 @@ def test_every_block_boundary_is_crossed_without_reduction(num_pairs, hidden_siz
 @across_blocks
 def test_every_block_boundary_is_crossed_in_the_reward_form(num_pairs, hidden_size, dtype):
     assert_as_reference(reward_case(num_pairs, hidden_size, dtype, mu=None))
+
+
+def test_sequences_longer_than_a_tile_of_their_gradient():
+    case = linear_case(3, 5, torch.float32, pooled=True)
+    hidden = randn(6, 37, 5, dtype=torch.float32)
+    last_token = torch.tensor([0, 7, 8, 15, 16, 36], device=DEVICE)  # around tiles of 8 and of 16 positions
+    assert_as_reference(replace(case, inputs=case.inputs | {"hidden": hidden}).having(last_token=last_token))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16] if INTERPRETED else [torch.bfloat16, torch.float32], ids=str)
