@@ -47,6 +47,7 @@ def assert_as_close_as_eager(ours, eager, truth):
     ],
     ids=["fp32", "fp32, left", "fp32, interleaved", "bf16"],
 )
+@pytest.mark.slow
 def test_every_gradient_is_that_of_eager_normbt(architecture, dtype, layout, side):
     model = make_model(architecture, dtype)
     eager, truth = Eager(copy.deepcopy(model)), Eager(copy.deepcopy(model).double())

@@ -116,6 +116,7 @@ def under(checkpointing, forward, batch):
 
 @pytest.mark.parametrize("backwards", BACKWARDS)
 @pytest.mark.parametrize("checkpointing", ["none", "not reentrant"])
+@pytest.mark.slow
 def test_forwards_are_weighed_in_their_order_whatever_the_order_of_backwards(checkpointing, backwards):
     model = make_model()
     eager = Eager(copy.deepcopy(model))

@@ -148,6 +148,7 @@ def own_reward(checkpoint, prompt, answer):
         return model(ids).logits.item()
 
 
+@pytest.mark.slow
 def test_the_command_scores_each_answer_by_the_models_own_logits(checkpoint, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     rng = np.random.default_rng(0)

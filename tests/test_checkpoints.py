@@ -118,6 +118,7 @@ def test_the_position_limit_is_where_the_model_fails(architecture):
             model(input_ids=torch.full((1, limit + 1), 5))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_a_model_for_every_command(tmp_path, capsys, monkeypatch):
     """Made as our own error text says: a pad token added, the embedding resized, LoRA with its head."""
     monkeypatch.chdir(tmp_path)
@@ -214,6 +215,7 @@ def write_gguf(path, gguf):
     return model
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_trained_from_and_saved_as_a_plain_model(tmp_path, capsys, monkeypatch):
     gguf = pytest.importorskip("gguf")
     monkeypatch.chdir(tmp_path)

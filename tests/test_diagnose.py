@@ -61,6 +61,7 @@ def naive(model, rows):
     ("architecture", "padding_side"),
     [("llama", "right"), ("llama", "left"), ("qwen2", "right"), ("qwen2", "left"), ("bert", "right")],
 )
+@pytest.mark.slow
 def test_gradients_agree_with_one_backward_per_pair(architecture, padding_side):
     model = make_model(architecture)
     rows = make_rows(11)

@@ -166,6 +166,7 @@ def test_few_gradients_recommend_nothing():
     assert "needs 10 gradients" in summary["no_power_because"]
 
 
+@pytest.mark.slow
 def test_lines_run_over_their_own_points(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 

@@ -235,6 +235,7 @@ def test_long_pairs_are_left_out_and_counted(tmp_path, checkpoint, capsys):
 # --- the built-in default, and stopping ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_built_in_default_needs_no_data(tmp_path, built_in_checkpoint):
     assert run_cli(built_in_checkpoint, "--batch-size", 100, "--out", tmp_path / "out.json") == 0
     report = json.loads((tmp_path / "out.json").read_text())
@@ -286,6 +287,7 @@ def test_each_result_is_on_disk_before_the_next_is_begun(tmp_path):
     assert num_lines[1:] == [2, 3]  # the header, and one line for each result so far
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_so_and_writes_no_results(tmp_path, built_in_checkpoint, monkeypatch, capsys):
     collate = PreferenceCollator.__call__
     calls = []

@@ -28,6 +28,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.slow
 def test_every_classifier_is_trained_by_the_rewards_that_it_gives_or_refused(architecture):
     """The fused head with padding on the right, the pooled one of the reward form with padding on the left."""
     model = make_classifier(architecture).eval()
@@ -61,6 +62,7 @@ def documented():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.slow
 def test_exact_or_refused_in_one_sentence(architecture):
     found = outcomes(architecture)
     assert not any("\n" in outcome for outcome in found.values())

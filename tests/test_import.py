@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 
 def run_python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_import_adds_under_a_second_loads_no_trainer_and_touches_no_device():
     report = json.loads(
         run_python(
@@ -28,6 +31,7 @@ def test_import_adds_under_a_second_loads_no_trainer_and_touches_no_device():
     assert not {"transformers", "datasets", "accelerate", "trl", "peft", "matplotlib", "tqdm"} & set(modules)
 
 
+@pytest.mark.slow
 def test_package_works_without_triton_and_transformers():
     output = run_python(
         "import sys\n"

@@ -142,6 +142,7 @@ def test_bf16_is_as_near_to_fp32_as_without(options, autocast):
 
 
 @pytest.mark.parametrize("options", EACH)
+@pytest.mark.slow
 def test_twenty_steps_end_where_they_end_without(options):
     def trained(**options):
         model = make_model("gemma")
@@ -214,6 +215,7 @@ def test_evaluation_gives_the_same_rewards(options):
     torch.testing.assert_close(seen, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_the_model_stays_one_graph():
     model, batch = make_model(), make_batch(3)
     expected = trained_step(model, batch)

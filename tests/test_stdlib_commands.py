@@ -55,6 +55,7 @@ def test_pairs_are_the_same_each_time_and_only_training_pairs_go_by_the_seed():
     assert split_pairs("train", 1) != split_pairs("train", 0)
 
 
+@pytest.mark.slow
 def test_a_users_model_is_judged_on_modules_it_was_not_trained_on(checkpoint):
     job = user_job(TrainOptions(model=checkpoint, dataset="stdlib-faults"), seed=0)
     texts = {job.tokenizer.decode(row["chosen_ids"][:-1]) for row in job.eval_rows}

@@ -51,6 +51,7 @@ def test_each_kind_of_fault_is_what_it_says():
     assert faulty_versions("def f(self):\n    return") == faulty_versions("def f(self):\n    return None") == {}
 
 
+@pytest.mark.slow
 def test_fine_pairs_differ_by_one_fault_and_still_parse(pairs):
     fine = [pair for pair in pairs["test"] if pair.category.startswith("fine")]
     assert {pair.category for pair in fine} == {f"fine: {kind}" for kind in KINDS}
@@ -77,6 +78,7 @@ def test_coarse_pairs_put_one_docstring_over_two_functions(pairs):
         assert own[rejected] != own[chosen]
 
 
+@pytest.mark.slow
 def test_no_module_and_no_function_is_in_two_splits(pairs):
     of_split = {split: {pair.where for pair in pairs[split]} for split in SPLITS}
     chosen = {split: {pair.chosen for pair in pairs[split]} for split in SPLITS}

@@ -79,6 +79,7 @@ def test_margins_that_are_missing_or_negative_are_refused(rows):
         loss_rows("bt-margin-out", negative)
 
 
+@pytest.mark.slow
 def test_any_list_of_losses_is_one_comparison(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generated, "NUM_TRAIN_PAIRS", 64)
     monkeypatch.setattr(generated, "NUM_EVAL_PAIRS", 64)

@@ -172,6 +172,7 @@ def test_a_finished_model_keeps_no_checkpoints_unless_they_were_asked_for(checkp
 # --- the comparison ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_losses_rates_and_seeds_make_a_grid_that_is_compared_pair_by_pair(checkpoint, tmp_path, capsys):
     grid = ("--loss", "bt", "normbt", "--learning-rate", 0.01, 0.1, "--seeds", 2)
     assert train(*grid) == 0
@@ -234,6 +235,7 @@ def test_intervals_and_disagreements_are_as_by_hand(arguments):
     assert one["intervals_are"] == "95%, over held-out pairs"
 
 
+@pytest.mark.slow
 def test_a_figure_grows_with_its_categories_and_always_has_a_legend(arguments, tmp_path):
     import matplotlib.image
 

@@ -64,6 +64,7 @@ def folder(whole, tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.slow
 def test_resumed_run_with_lora_equals_the_uninterrupted_one_bitwise(tmp_path, bf16):
     peft = pytest.importorskip("peft")
 

@@ -130,6 +130,7 @@ def eager_run(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", ["default", "reward form"])
+@pytest.mark.slow
 def test_fp32_training_equals_eager_normbt(eager_run, tmp_path, form):
     scenario, eager, expected = eager_run
     trainer, moved = train(scenario, tmp_path, loss=NormBTLoss() if form == "reward form" else None)
@@ -142,6 +143,7 @@ def test_fp32_training_equals_eager_normbt(eager_run, tmp_path, form):
     assert any("score" in name or "classifier" in name for name, seen in moved.items() if seen.any())
 
 
+@pytest.mark.slow
 def test_bf16_training_is_as_close_to_fp32_as_eager_normbt_in_bf16(eager_run, tmp_path):
     scenario, exact, exact_moves = eager_run
     eager, eager_moves = train(scenario, tmp_path, eager=True, bf16=True)
@@ -165,6 +167,7 @@ def test_bf16_training_is_as_close_to_fp32_as_eager_normbt_in_bf16(eager_run, tm
 @pytest.mark.parametrize(
     ("scenario", "loss"), [("llama, left, accumulation", NormBTLoss), ("bert, LoRA, accumulation", LinearNormBTLoss)]
 )
+@pytest.mark.slow
 def test_compiled_training_equals_eager_normbt(tmp_path, scenario, loss):
     eager, expected = train(scenario, tmp_path, eager=True, num_layers=1)
     # aot_eager traces forward and backward as torch_compile=True does, and generates no C++.

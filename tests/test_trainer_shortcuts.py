@@ -79,6 +79,7 @@ SCENARIOS = {
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.slow
 def test_training_evaluation_and_prediction_are_the_same(scenario, tmp_path):
     make, arguments = SCENARIOS[scenario]
     rows, found = make_rows(10, ["margin"], seed=1), []
@@ -146,6 +147,7 @@ def make_trl_trainer(folder, cls, model, **options):
 
 
 @pytest.mark.parametrize("options", EACH)
+@pytest.mark.slow
 def test_trl_trains_the_same(options, tmp_path):
     """With activations checkpointed, as TRL does by itself."""
     plain = make_trl_trainer(tmp_path, NormBTRewardTrainer, make_model())

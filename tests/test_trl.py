@@ -51,6 +51,7 @@ from tests.tiny_trl import (
         ("llama", LORA_ON_HEAD, True),
     ],
 )
+@pytest.mark.slow
 def test_training_equals_eager_normbt_inside_the_same_trainer(name, adapters, bf16, tokenizer, tmp_path):
     """With margin, centering, gradient checkpointing, and an accumulation whose last step has one batch only."""
     dataset = make_dataset(14)
@@ -82,6 +83,7 @@ def test_training_equals_eager_normbt_inside_the_same_trainer(name, adapters, bf
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("adapters", [FULL, LORA])
+@pytest.mark.slow
 def test_checkpointing_changes_nothing(adapters, use_reentrant, tokenizer, tmp_path):
     trained = []
     for checkpointing in (False, True):
@@ -152,6 +154,7 @@ def test_pad_equal_to_eos_measures_the_rows_that_the_model_rewards(pooled, read,
     assert logged["margin"] == pytest.approx(margin.mean().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_apply_normbt_on_the_untouched_trainer_trains_the_same_model(tokenizer, tmp_path):
     arguments = {
         "max_steps": 20,

@@ -198,6 +198,7 @@ def test_model_card_names_the_method(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("adapters", [FULL, LORA])
+@pytest.mark.slow
 def test_resumed_run_equals_the_uninterrupted_one_bitwise(adapters, tokenizer, tmp_path):
     def train(checkpoint=None):
         trainer = make_trainer(

@@ -102,6 +102,7 @@ def test_linear_form_is_the_reference(dtype, seed, upstream, parameters):
         {**SIZES, **OPTIONS, "column": st.booleans(), "reward_dtype": st.sampled_from([None, *DTYPES])}
     ),
 )
+@pytest.mark.slow
 def test_reward_form_is_the_reference(dtype, seed, upstream, parameters):
     torch.manual_seed(seed)
     case = reward_case(dtype=dtype, **parameters)

@@ -193,6 +193,7 @@ def test_copy_follows_no_optimizer():
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("follows", [True, False])
+@pytest.mark.slow
 def test_checkpoint_around_the_loss_is_refused_in_backward(reentrant, compiled, follows):
     torch._dynamo.reset()
     loop = Loop()

@@ -68,6 +68,7 @@ def distance_to(truth, run):
 
 
 @pytest.mark.parametrize("make_loss", [LinearNormBTLoss, reward_form], ids=["linear", "reward"])
+@pytest.mark.slow
 def test_training_is_as_close_to_fp64_as_training_with_the_reference(make_loss):
     model = tiny_model()
     truth = train(model, reference_loss(), torch.float64)
