@@ -38,8 +38,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MULTIPROCESSORS = 132
-# Of each, in kilobytes; 0 where the kernels ask for no tiles ahead.
-SHARED_KB = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "gfx942": 0}
+# What launch shapes are made for. Where the kernels ask for no tiles ahead, there is no shared memory.
+PROCESSORS = {
+    target: Processors(MULTIPROCESSORS, 1024 * kilobytes)
+    for target, kilobytes in {"sm_80": 164, "sm_90": 228, "sm_100": 228, "gfx942": 0}.items()
+}
 NUM_PAIRS = 16 * MULTIPROCESSORS  # a whole tile for each program
 FEW_PAIRS = 64
 FIGURES = ("registers", "spill_bytes", "shared_bytes", "load_bytes")
@@ -140,7 +143,7 @@ def compile_for(target: str, names: Collection[str]) -> dict[str, dict]:
     """Compiles these entry points for `target`; {"entry point: kernel": what the compiler made of it}."""
     # Never restored: this runs in a process of its own.
     backend.backend_name = lambda device: "triton"
-    backend.INTERPRETED = Processors(MULTIPROCESSORS, 1024 * SHARED_KB[target])
+    backend.INTERPRETED = PROCESSORS[target]
     triton.runtime.driver.set_active(
         SimpleNamespace(
             get_current_device=lambda: 0,

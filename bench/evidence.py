@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.goals import median
 from bench.quality_figure import label
 from normbt_kernels.commands.train_report import LABELS
 
@@ -320,11 +321,11 @@ def gpu_rows() -> list[list[str]]:
         rivals = ["eager", "compiled"]
         if entry != "reward":  # BT on given rewards reads no rows
             rivals.append("bt-eager")
-        ratios = (f"{time_of(rows['ours'], 'device') / time_of(rows[rival], 'device'):.2f}" for rival in rivals)
+        ratios = (f"{median(rows['ours'], 'device') / median(rows[rival], 'device'):.2f}" for rival in rivals)
         shares.append(f"{entry} {', '.join(ratios)} and {rows['ours']['share_of_copy']['both']:.0%}")
     sizes: dict[tuple[int, int], dict[str, float]] = {}
     for row in few["rows"]:
-        sizes.setdefault((row["num_pairs"], row["hidden_size"]), {})[row["contender"]] = time_of(row, "wall")
+        sizes.setdefault((row["num_pairs"], row["hidden_size"]), {})[row["contender"]] = median(row, "wall")
 
     def range_of(rival: str) -> str:
         ratios = [of["ours"] / of[rival] for of in sizes.values()]
@@ -350,10 +351,6 @@ def gpu_rows() -> list[list[str]]:
     ]
 
 
-def time_of(row: dict[str, Any], clock: str) -> float:
-    return row[clock]["both"]["median_us"]
-
-
 def cpu_rows() -> list[list[str]]:
     margins, step, speed = (results(f"{CPU}/{name}.json") for name in ("bf16-margins", "train-step", "speed"))
     hub, ours = margins["shares"].values()
@@ -362,7 +359,7 @@ def cpu_rows() -> list[list[str]]:
     for row in speed["rows"]:
         if row["wall"]:
             of_entry = times.setdefault(row["entry"], {})
-            of_entry.setdefault(row["num_pairs"], {})[row["contender"]] = time_of(row, "wall")
+            of_entry.setdefault(row["num_pairs"], {})[row["contender"]] = median(row, "wall")
 
     def ratio_row(what: str, contender: str, *sizes: Callable[[Iterable[int]], int]) -> list[str]:
         """Our time over the contender's, at the smallest or the largest number of pairs of each entry, or at both."""

@@ -38,7 +38,6 @@ from torch.profiler import profile
 from bench.harness import RESULTS, Report, print_table
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, apply_normbt, linear_normbt_loss, normbt_loss
 from normbt_kernels.ops import backend
-from normbt_kernels.ops.launch import Processors
 
 SIZES = [(8, 256), (32, 256), (64, 2048)]
 COUNTS = ("operators", "python_calls")
@@ -93,22 +92,23 @@ def contenders(hidden_size: int) -> dict[str, Step]:
 @contextmanager
 def launches_that_do_nothing() -> Iterator[None]:
     """The Triton path on a machine without a GPU: compiled for sm_90, and everything but the driver's call is real."""
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
+
+    from bench.ahead_of_time import PROCESSORS, TARGETS
 
     before = driver._active if hasattr(driver, "_active") else None
     driver.set_active(
         SimpleNamespace(
             get_current_device=lambda: 0,
             get_current_stream=lambda device: 0,
-            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_target=lambda: TARGETS["sm_90"],
             get_active_torch_device=lambda: torch.device("cpu"),
         )
     )
     with (
         patch.object(backend, "backend_name", lambda device: "triton"),
-        patch.object(backend, "INTERPRETED", Processors(132, 228 * 1024)),
+        patch.object(backend, "INTERPRETED", PROCESSORS["sm_90"]),
         patch.object(CompiledKernel, "run", lambda *_: None),
         patch.object(CompiledKernel, "_init_handles", lambda _: None),
         patch.object(CompiledKernel, "__del__", lambda _: None, create=True),  # triton 3.6 has none

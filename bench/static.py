@@ -43,13 +43,12 @@ from tqdm import tqdm
 
 import reference
 from bench.ahead_of_time import FIGURES as MACHINE_CODE
-from bench.ahead_of_time import MULTIPROCESSORS, SHARED_KB, TARGETS
+from bench.ahead_of_time import MULTIPROCESSORS, PROCESSORS, TARGETS
 from bench.contenders import Case, Inputs, eager_normbt, ours, plain_bt
 from bench.harness import RESULTS, print_table
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, linear_normbt_loss, normbt_loss, pair_distance
 from normbt_kernels.files import write_json
 from normbt_kernels.ops import backend
-from normbt_kernels.ops.launch import Processors
 from normbt_kernels.ops.pairs import RowPairs
 from normbt_kernels.results import write_figure
 
@@ -199,7 +198,7 @@ def count_for_parent() -> None:
     steps = entries()
     # As on a GPU, where nobody looks at the values of `pairs` and `last_token`.
     with (
-        patch.object(backend, "INTERPRETED", Processors(MULTIPROCESSORS, 1024 * SHARED_KB["sm_90"])),
+        patch.object(backend, "INTERPRETED", PROCESSORS["sm_90"]),
         patch.object(RowPairs, "check_range", lambda rows: None),
     ):
         for name in sys.stdin:
