@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normbt_kernels.checks import linear_inputs, loss_options, reward_inputs
 from normbt_kernels.functional import NormBTStats, loss_and_stats
 from normbt_kernels.ops.autograd import pair_weights
-from normbt_kernels.ops.ema import EMA, move_mu_now
+from normbt_kernels.ops.ema import EMA, ArrayCache, move_mu_now
 from normbt_kernels.ops.pair_distance import measure_distances
 from normbt_kernels.ops.pairs import RowPairs
 from normbt_kernels.ops.terms import Mu, Scores
@@ -102,6 +102,7 @@ class DistanceEMA(nn.Module):
 
     def _forget(self) -> None:
         self._exact_mu = self._buffers["mu"].detach()
+        self._arrays = ArrayCache()
         # What the host knows without asking the device.
         self._first_step_began = self.first_step_ended = False
         self._first_mean: Tensor | None = None
@@ -183,8 +184,9 @@ class DistanceEMA(nn.Module):
         mu = self._buffers["mu"]
         if mu.dtype != torch.float32:  # FSDP1's MixedPrecision(buffer_dtype=...) casts without `_apply`
             mu.data = self._exact_mu.to(mu.device)
-        if not torch.compiler.is_compiling():
-            vars(self)["_exact_mu"] = mu.detach()  # nn.Module's own way to set it takes a few us of every step
+        # nn.Module's own way to set it takes a few us, and so does `detach`, of every step.
+        if not torch.compiler.is_compiling() and not _share_memory(mu, self._exact_mu):
+            vars(self)["_exact_mu"] = mu.detach()
         if self.pending.device != mu.device:  # FSDP moves buffers without `_apply`
             self.pending = _moved(self.pending, mu.device)
         if self._reduction is not None:
@@ -250,7 +252,8 @@ class DistanceEMA(nn.Module):
         moves_now = self.training and not self.per_step and group is None
         pending = self.pending if self.training else None
         # The device decides which mu weighs: the buffers may have been filled by hand.
-        return Mu(None, first_mean, EMA(mu, num_updates, pending, self.beta if moves_now else None)), group
+        beta = self.beta if moves_now else None
+        return Mu(None, first_mean, EMA(mu, num_updates, pending, beta, self._arrays)), group
 
     def _end(self, rows: RowPairs, group: dist.ProcessGroup | None) -> None:
         if not self.training:
@@ -343,6 +346,11 @@ class DistanceEMA(nn.Module):
         return ", ".join(
             [f"beta={self.beta}", *(f"{name}={value!r}" for name, value in self.options._asdict().items())]
         )
+
+
+def _share_memory(tensor: Tensor, other: Tensor) -> bool:
+    # What is fake has no address.
+    return type(tensor) is type(other) is Tensor and tensor.data_ptr() == other.data_ptr()
 
 
 def inside_backward() -> bool:

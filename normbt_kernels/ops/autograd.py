@@ -76,7 +76,7 @@ class Arguments(NamedTuple):
     def of(cls, call: Call, head_gradient: bool = False) -> Arguments:
         mu = call.mu
         ema = mu.ema or (None,) * 4
-        return cls(*call.rows, *call.scores, mu.value, mu.tensor, *ema, *call.options, call.stats, head_gradient)
+        return cls(*call.rows, *call.scores, mu.value, mu.tensor, *ema[:4], *call.options, call.stats, head_gradient)
 
     @property
     def call(self) -> Call:

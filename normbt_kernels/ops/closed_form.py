@@ -81,5 +81,5 @@ def compute_pair_loss(
     if mu.takes_up_distances:
         add_to_pending_(mu.ema.pending, distance.sum(), num_pairs)
         if mu.ema.beta is not None:
-            move_mu_(*mu.ema)
+            move_mu_(*mu.ema[:4])
     return LossResult(loss, gradient, total, pair_stats, batch_stats)

@@ -10,12 +10,44 @@ ranks share it by adding their `pending` up.
 from typing import NamedTuple
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import run_on, uses_kernels
 from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, is_watched, without_gradients
+
+
+class Arrays(NamedTuple):
+    """Buffers on the CPU as numpy sees them."""
+
+    mu: ndarray
+    num_updates: ndarray
+    pending: ndarray | None
+
+    @property
+    def average(self) -> float | None:
+        """mu; None if there is none yet."""
+        return self.mu.item() if self.num_updates > 0 else None
+
+
+class ArrayCache:
+    """The arrays of one EMA, as long as its buffers stay where they are: to ask PyTorch takes 5 us for each of them."""
+
+    def __init__(self) -> None:
+        self._addresses: tuple[int, ...] = ()
+        self._arrays: Arrays | None = None
+
+    def of(self, *buffers: Tensor | None) -> Arrays:
+        addresses = tuple([0 if buffer is None else buffer.data_ptr() for buffer in buffers])
+        if addresses != self._addresses:
+            self._arrays = Arrays(*(None if buffer is None else buffer.numpy() for buffer in buffers))
+            self._addresses = addresses
+        return self._arrays
+
+    def __reduce__(self):
+        return ArrayCache, ()  # a copy of a module has other buffers
 
 
 class EMA(NamedTuple):
@@ -26,10 +58,11 @@ class EMA(NamedTuple):
     # (2,) fp32: the sum of distances and the number of pairs since mu last moved; None: nothing is taken up
     pending: Tensor | None
     beta: float | None  # a number: each forward moves mu; None: it only adds to `pending`
+    cache: ArrayCache | None = None
 
-    def mu_on_host(self) -> float | None:
-        """mu; None if there is none yet. The host waits for the device."""
-        return self.mu.item() if self.num_updates.item() > 0 else None
+    def arrays(self) -> Arrays:
+        """Of buffers on the CPU."""
+        return (self.cache or ArrayCache()).of(self.mu, self.num_updates, self.pending)
 
 
 @triton.jit
@@ -64,7 +97,7 @@ _plans: Plans[Launch] = Plans()
 
 
 def _plan_move(beta: float) -> Launch:
-    return Launch(_move_mu_kernel, (1, 1, 1), 1, BETA=beta)
+    return Launch(_move_mu_kernel, (1, 1, 1), 1, lambda *buffers: buffers, BETA=beta)
 
 
 # The same in PyTorch operators, which do not wait for the device, and as plain arithmetic for the CPU.
@@ -86,24 +119,23 @@ def move_mu_(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> N
     pending.zero_()
 
 
-def move_mu_on_cpu(ema: EMA, mu: float | None, distance_sum: float, pair_count: float) -> None:
-    """`mu`: what `ema.mu_on_host()` says."""
+def move_mu_on_cpu(state: Arrays, beta: float, distance_sum: float, pair_count: float) -> None:
     if pair_count > 0 and distance_sum < float("inf"):
-        mean = distance_sum / pair_count
-        ema.mu.fill_(mean if mu is None else ema.beta * mu + (1 - ema.beta) * mean)
-        ema.num_updates.add_(1)
+        mean, average = distance_sum / pair_count, state.average
+        state.mu[()] = mean if average is None else beta * average + (1 - beta) * mean
+        state.num_updates[()] += 1
 
 
 def move_by_pending_on_cpu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
-    ema = EMA(mu, num_updates, pending, beta)
-    move_mu_on_cpu(ema, ema.mu_on_host(), *pending.numpy().tolist())
-    pending.zero_()
+    state = EMA(mu, num_updates, pending, beta).arrays()
+    move_mu_on_cpu(state, beta, *state.pending.tolist())
+    state.pending[:] = 0
 
 
 def _move_mu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
     if uses_kernels(mu.device):
         tensors = mu, num_updates, pending
-        run_on(mu.device, _plans.find((mu.device, beta, kinds(tensors)), _plan_move, beta), tensors, *tensors)
+        run_on(mu.device, _plans.find((mu.device, beta, kinds(tensors)), _plan_move, beta), tensors)
     elif mu.device.type == "cpu":
         move_by_pending_on_cpu(mu, num_updates, pending, beta)
     else:

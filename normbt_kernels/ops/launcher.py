@@ -41,25 +41,45 @@ def kinds(tensors: Iterable[Tensor | None]) -> tuple[Hashable, ...]:
 
 
 class Launch:
-    """A launch of one kind: kernel, grid and constants."""
+    """A launch of one kind.
 
-    def __init__(self, kernel: Any, grid: tuple[int, int, int], num_warps: int, **constants: Any):
-        self._kernel, self._grid, self._num_warps, self._constants = kernel, grid, num_warps, constants
-        self._compiled: dict[tuple[bool, ...], Any] = {}
+    Args:
+        kernel, grid, num_warps: what is launched.
+        arguments: makes the kernel's arguments, those before its constants, of what a call is given: each tensor in its
+            place, or the address of each.
+        constants: the kernel's.
+    """
 
-    def __call__(self, tensors: Iterable[Tensor | None], *arguments: Any) -> None:
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], num_warps: int, arguments: Callable[..., tuple], **constants: Any
+    ):
+        self._kernel, self._grid, self._num_warps = kernel, grid, num_warps
+        self._arguments, self._constants = arguments, constants
+        self._values = tuple(constants.values())
+        self._compiled: dict[int, Callable[..., None]] = {}
+
+    def __call__(self, tensors: Iterable[Tensor | None], *numbers: float) -> None:
         """Launches the kernel on the current device.
 
         Args:
-            tensors: all of those in `arguments`. Of their addresses it matters whether 16 divides them.
-            arguments: the kernel's, without its constants.
+            tensors: all that the kernel reads and writes. Of their addresses it matters whether 16 divides them.
+            numbers: what else differs from call to call.
         """
-        aligned = tuple([tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors])
-        compiled = self._compiled.get(aligned)
-        if compiled is not None:
-            compiled[self._grid](*arguments, *self._constants.values())
+        # Addresses, because Triton asks a tensor for its own, and the driver whether it is one.
+        addresses, aligned = [], 0
+        for tensor in tensors:
+            address = None if tensor is None else tensor.data_ptr()
+            addresses.append(address)
+            aligned = aligned << 1 | (address is None or address % 16 == 0)
+        launch = self._compiled.get(aligned)
+        if launch is not None:
+            launch(*self._arguments(*addresses, *numbers), *self._values)
             return
-        # The interpreter compiles nothing and returns None.
-        self._compiled[aligned] = self._kernel[self._grid](
-            *arguments, **self._constants, num_warps=self._num_warps, enable_fp_fusion=FP_FUSION
+        compiled = self._kernel[self._grid](
+            *self._arguments(*tensors, *numbers),
+            **self._constants,
+            num_warps=self._num_warps,
+            enable_fp_fusion=FP_FUSION,
         )
+        if compiled is not None:  # the interpreter compiles nothing
+            self._compiled[aligned] = compiled[self._grid]

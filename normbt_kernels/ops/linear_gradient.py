@@ -27,7 +27,7 @@ from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, refuse_gradients, with_empty_tables
 from normbt_kernels.ops.on_cpu import are_few, compute_few_gradients
 from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
-from normbt_kernels.ops.pairs import NO_VECTOR, RowArguments, RowPairs, Vector, cast, load_each
+from normbt_kernels.ops.pairs import RowPairs, RowStrides, Vector, cast, load_each, vector_stride
 
 ONCE = "the NormBT losses cannot be differentiated twice"
 
@@ -223,10 +223,12 @@ class GradientPlan:
         needs_head = result.head_weight is not None or result.head_bias is not None
         acc, num_partials = triton_dtype(dtype), int(needs_head)
         self.num_rows, self.num_pairs = num_rows, num_pairs
+        self.upstream_stride, self.head_stride = vector_stride(upstream.loss_gradient), vector_stride(head_weight)
+        self.token_stride = vector_stride(layout.last_token)
         self.sum_pairs = self.sum_head = None
         if needs_hidden and layout.name == "explicit":
             self.sum_pairs = Launch(
-                _sum_pairs_of_rows_kernel, (cdiv(num_rows, 16), 1, 1), 4,
+                _sum_pairs_of_rows_kernel, (cdiv(num_rows, 16), 1, 1), 4, self._sum_pairs_arguments,
                 PER_PAIR=per_pair, BLOCK_N=16, BLOCK_K=16, ACC=acc,
             )  # fmt: skip
         if needs_head and per_pair:
@@ -234,9 +236,10 @@ class GradientPlan:
             shape = rows.launch_shape(dtype)
             num_partials = shape.num_programs
             self.sum_head = Launch(
-                _sum_head_gradient_kernel, (num_partials, 1, 1), shape.num_warps,
+                _sum_head_gradient_kernel, (num_partials, 1, 1), shape.num_warps, self._sum_head_arguments,
                 LAYOUT=layout.name, BLOCK_P=shape.block_rows, BLOCK_H=shape.block_hidden, ACC=acc,
             )  # fmt: skip
+            self.row_strides = RowStrides(rows)
             self.row_sizes = num_pairs, num_rows, rows.sequence_length, hidden_size, hidden_size + 1
         shape = LaunchShape.for_rows(
             layout.num_positions if needs_hidden else 1, hidden_size, processors_of(device).count
@@ -247,6 +250,7 @@ class GradientPlan:
             _write_gradient_kernel,
             (cdiv(hidden_size, shape.block_hidden) * shape.num_programs, 1, 1),
             shape.num_warps,
+            self._write_arguments,
             LAYOUT=layout.name,
             PER_PAIR=per_pair,
             BLOCK_N=shape.block_rows,
@@ -255,48 +259,56 @@ class GradientPlan:
             ACC=acc,
         )
 
+    def _write_arguments(
+        self, hidden, weight, bias, gradient, loss_gradient, coefficient, head_weight, head_gradient, last_token
+    ) -> tuple:
+        return (
+            hidden, weight, bias, gradient, Vector(loss_gradient, self.upstream_stride), coefficient,
+            Vector(head_weight, self.head_stride), head_gradient, self.num_partials or 1,
+            Vector(last_token, self.token_stride), *self.sizes,
+        )  # fmt: skip
+
+    def _sum_pairs_arguments(self, order, start, gradient, loss_gradient, coefficient) -> tuple:
+        upstream = Vector(loss_gradient, self.upstream_stride)
+        return order, start, gradient, upstream, coefficient, self.num_rows, self.num_pairs
+
+    def _sum_head_arguments(self, chosen, rejected, pairs, last_token, gradient, loss_gradient, partials) -> tuple:
+        rows = self.row_strides.arguments(chosen, rejected, pairs, last_token)
+        return rows, gradient, Vector(loss_gradient, self.upstream_stride), partials, *self.row_sizes
+
     def run(
         self, result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
     ) -> None:
         coefficient, head_gradient = None, upstream.head_gradient
-        loss_gradient = Vector.of(upstream.loss_gradient)
         if self.sum_pairs is not None:
-            coefficient = self._sum_pairs_of_rows(upstream, layout, loss_gradient)
+            coefficient = self._sum_pairs_of_rows(upstream, layout)
         if self.sum_head is not None:
-            head_gradient = self._sum_head_gradient(upstream, layout.rows(hidden), loss_gradient)
+            head_gradient = self._sum_head_gradient(upstream, layout.rows(hidden).for_kernels())
         self.write(
-            (*result, *upstream[:2], coefficient, head_weight, head_gradient, layout.last_token),
-            *result,
-            upstream.gradient,
-            loss_gradient,
-            coefficient,
-            Vector.of(head_weight),
-            head_gradient if self.num_partials else None,
-            self.num_partials or 1,
-            NO_VECTOR if layout.last_token is None else Vector.of(layout.last_token),
-            *self.sizes,
+            (
+                *result,
+                *upstream[:2],
+                coefficient,
+                head_weight,
+                head_gradient if self.num_partials else None,
+                layout.last_token,
+            )
         )
 
-    def _sum_pairs_of_rows(self, upstream: Upstream, layout: Layout, loss_gradient: Vector) -> Tensor:
+    def _sum_pairs_of_rows(self, upstream: Upstream, layout: Layout) -> Tensor:
         """c_n of explicit pairs, (N,)."""
         # Row numbers of 32 bits halve the bytes that are sorted, which 64 would take beyond 1.05 of the floor.
         row = layout.pairs.T.to(torch.int32, memory_format=torch.contiguous_format).reshape(-1)
         row, order = torch.sort(row, stable=True)
         start = torch.searchsorted(row, torch.arange(self.num_rows + 1, dtype=torch.int32, device=row.device))
         coefficient = upstream.gradient.new_empty(self.num_rows)
-        self.sum_pairs(
-            (order, start, upstream.gradient, upstream.loss_gradient, coefficient),
-            order, start, upstream.gradient, loss_gradient, coefficient, self.num_rows, self.num_pairs,
-        )  # fmt: skip
+        self.sum_pairs((order, start, *upstream[:2], coefficient))
         return coefficient
 
-    def _sum_head_gradient(self, upstream: Upstream, rows: RowPairs, loss_gradient: Vector) -> Tensor:
+    def _sum_head_gradient(self, upstream: Upstream, rows: RowPairs) -> Tensor:
         """The programs' parts of grad v and of the bias's gradient with reduction "none", (programs, H + 1)."""
         partials = upstream.gradient.new_empty(self.num_partials, rows.hidden_size + 1)
-        self.sum_head(
-            (*rows[:4], upstream.gradient, upstream.loss_gradient, partials),
-            RowArguments.of(rows), upstream.gradient, loss_gradient, partials, *self.row_sizes,
-        )  # fmt: skip
+        self.sum_head((*rows[:4], *upstream[:2], partials))
         return partials
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from normbt_kernels.ops.ema import EMA, move_mu_on_cpu
+from normbt_kernels.ops.ema import Arrays, move_mu_on_cpu
 from normbt_kernels.ops.pairs import CACHE_ELEMENTS, RowPairs, cast
 from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
@@ -79,34 +79,33 @@ def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
 
 
 def _weights(distance: ndarray, mu: Mu, options: LossOptions) -> ndarray:
-    average = _average(mu)
-    weight = _weigh(distance, _measure(mu, average), options)
+    state = _state(mu)
+    weight = _weigh(distance, _measure(mu, state), options)
     if mu.takes_up_distances:
-        _take_up(distance, mu.ema, average)
+        _take_up(distance, state, mu.ema.beta)
     return weight
 
 
-def _average(mu: Mu) -> float | None:
-    """The EMA's mu; None if there is none yet."""
-    return None if mu.ema is None else mu.ema.mu_on_host()
+def _state(mu: Mu) -> Arrays | None:
+    return None if mu.ema is None else mu.ema.arrays()
 
 
-def _measure(mu: Mu, average: float | None) -> float | None:
+def _measure(mu: Mu, state: Arrays | None) -> float | None:
     """What weighs the pairs; None if each weighs 1."""
+    average = None if state is None else state.average
     if average is not None:
         return average
     return mu.value if mu.tensor is None else mu.tensor.item()
 
 
-def _take_up(distance: ndarray, ema: EMA, average: float | None) -> None:
-    pending = ema.pending.numpy()
-    distance_sum, pair_count = pending.tolist()
+def _take_up(distance: ndarray, state: Arrays, beta: float | None) -> None:
+    distance_sum, pair_count = state.pending.tolist()
     distance_sum, pair_count = distance_sum + float(total_of(distance)), pair_count + len(distance)
-    if ema.beta is None:
-        pending[:] = distance_sum, pair_count
+    if beta is None:
+        state.pending[:] = distance_sum, pair_count
     else:
-        pending[:] = 0
-        move_mu_on_cpu(ema, average, distance_sum, pair_count)
+        state.pending[:] = 0
+        move_mu_on_cpu(state, beta, distance_sum, pair_count)
 
 
 def _weigh(distance: ndarray, mu: float | None, options: LossOptions) -> ndarray:
@@ -194,8 +193,8 @@ def compute_on_cpu(
 ) -> LossResult:
     """The loss of P >= 1 pairs."""
     dtype, num_pairs = scores.accumulate_dtype(rows), rows.num_pairs
-    number, average = DTYPES[dtype], _average(mu)
-    measure = _measure(mu, average)
+    number, state = DTYPES[dtype], _state(mu)
+    measure = _measure(mu, state)
     scale = 1 / num_pairs if options.reduction == "mean" else 1.0
     head = _array(scores.head_weight, dtype)
     bias = 0.0 if scores.head_bias is None else scores.head_bias.item()
@@ -218,7 +217,7 @@ def compute_on_cpu(
         of_batch = distance, pairs.bt_loss, pairs.difference > 0
         batch_stats = _tensor([total_of(values) / num_pairs for values in of_batch], number)
     if mu.takes_up_distances:
-        _take_up(distance, mu.ema, average)
+        _take_up(distance, state, mu.ema.beta)
     gradient = numpy.empty((2, num_pairs), number)
     gradient[0], gradient[1] = pairs.chosen_gradient, pairs.rejected_gradient
     return LossResult(

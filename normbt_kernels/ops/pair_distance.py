@@ -12,7 +12,7 @@ from normbt_kernels.ops.backend import run_on, triton_dtype, uses_kernels
 from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, is_watched, without_gradients
 from normbt_kernels.ops.on_cpu import distances_on_cpu
-from normbt_kernels.ops.pairs import RowArguments, RowPairs, accumulate_dtype, load_tile, locate_pairs
+from normbt_kernels.ops.pairs import RowPairs, RowStrides, accumulate_dtype, load_tile, locate_pairs
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_rows", "sequence_length"])
@@ -44,11 +44,13 @@ def _measure_distance_kernel(
 class DistancePlan:
     def __init__(self, rows: RowPairs, distance: Tensor):
         shape = rows.launch_shape(distance.dtype, head=False)
+        self.strides = RowStrides(rows)
         self.sizes = rows.num_pairs, rows.chosen.shape[0], rows.sequence_length, rows.hidden_size
         self.measure = Launch(
             _measure_distance_kernel,
             (shape.num_programs, 1, 1),
             shape.num_warps,
+            self._arguments,
             LAYOUT=rows.layout,
             ONE_BLOCK=shape.block_hidden >= rows.hidden_size,
             BLOCK_P=shape.block_rows,
@@ -57,14 +59,18 @@ class DistancePlan:
             STAGES=shape.num_stages,
         )
 
+    def _arguments(self, chosen, rejected, pairs, last_token, distance) -> tuple:
+        return self.strides.arguments(chosen, rejected, pairs, last_token), distance, *self.sizes
+
     def run(self, rows: RowPairs, distance: Tensor) -> None:
-        self.measure((*rows[:4], distance), RowArguments.of(rows), distance, *self.sizes)
+        self.measure((*rows[:4], distance))
 
 
 _plans: Plans[DistancePlan] = Plans()
 
 
 def _launch_measure_distance(rows: RowPairs, distance: Tensor) -> None:
+    rows = rows.for_kernels()
     kind = distance.device, rows.layout, kinds((*rows[:4], distance))
     run_on(distance.device, _plans.find(kind, DistancePlan, rows, distance).run, rows, distance)
 

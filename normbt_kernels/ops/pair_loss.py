@@ -18,7 +18,6 @@ same bits. The reduction also brings the EMA up to date.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from normbt_kernels.ops._triton import tl, triton
 from normbt_kernels.ops.backend import run_on, triton_dtype, uses_kernels
@@ -28,13 +27,13 @@ from normbt_kernels.ops.launch import cdiv
 from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.on_cpu import compute_on_cpu
 from normbt_kernels.ops.pairs import (
-    NO_VECTOR,
-    RowArguments,
     RowPairs,
+    RowStrides,
     Vector,
     load_each,
     load_tile,
     locate_pairs,
+    vector_stride,
 )
 from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
@@ -359,12 +358,14 @@ class PairLossPlan:
         self.memory = {"dtype": dtype, "device": rows.chosen.device}
         self.partials = shape.num_programs, num_columns
         self.per_pair, self.takes_up = per_pair, mu.takes_up_distances
+        self.row_strides, self.score_strides = RowStrides(rows), [vector_stride(tensor) for tensor in scores]
         self.sizes = num_pairs, rows.chosen.shape[0], rows.sequence_length, hidden_size, num_columns
         self.sums = shape.num_programs, num_pairs, num_gradients, num_columns
         self.pass_over_pairs = Launch(
             _pair_loss_kernel,
             (shape.num_programs, 1, 1),
             shape.num_warps,
+            self._pass_arguments,
             LABEL_SMOOTHING=options.label_smoothing,
             CENTER_COEF=options.center_coef,
             EPS=options.eps,
@@ -385,6 +386,7 @@ class PairLossPlan:
                 _finalise_kernel,
                 (cdiv(max(num_gradients, 1), FINALISED_COLUMNS), 1, 1),
                 8,
+                self._finalise_arguments,
                 BETA=mu.ema.beta if self.takes_up else None,
                 MEAN=mean,
                 BLOCK_K=512 // dtype.itemsize,
@@ -392,34 +394,41 @@ class PairLossPlan:
                 ACC=acc,
             )
 
-    def run(self, rows: RowPairs, scores: Scores, mu: Mu, inputs: tuple[Tensor | None, ...]) -> LossResult:
+    def _pass_arguments(
+        self, chosen, rejected, pairs, last_token,
+        chosen_rewards, rejected_rewards, head_weight, head_bias, margin, pair_weight,
+        mu, num_updates, first_mu, loss, gradient, pair_stats, partials, mu_value,
+    ) -> tuple:  # fmt: skip
+        scores = chosen_rewards, rejected_rewards, head_weight, head_bias, margin, pair_weight
+        return (
+            self.row_strides.arguments(chosen, rejected, pairs, last_token),
+            ScoreArguments(*map(Vector, scores, self.score_strides)),
+            mu, num_updates, first_mu, mu_value, loss, gradient, pair_stats, partials, *self.sizes,
+        )  # fmt: skip
+
+    def _finalise_arguments(self, partials, loss, batch_stats, head_gradient, *ema) -> tuple:
+        return partials, loss, batch_stats, head_gradient, ema or None, *self.sums
+
+    def run(self, rows: RowPairs, scores: Scores, mu: Mu) -> LossResult:
         result = LossResult.allocate(*self.asked_for, **self.memory)
         partials = torch.empty(self.partials, **self.memory)
-        tensors = (*inputs, *result, partials)
         ema = mu.ema
         self.pass_over_pairs(
-            tensors,
-            RowArguments.of(rows),
-            ScoreArguments(*[NO_VECTOR if tensor is None else Vector.of(tensor) for tensor in scores]),
-            mu.tensor if ema is None else ema.mu,
-            None if ema is None else ema.num_updates,
-            None if ema is None else mu.tensor,
+            (
+                *rows[:4],
+                *scores,
+                *((mu.tensor, None, None) if ema is None else (ema.mu, ema.num_updates, mu.tensor)),
+                result.loss if self.per_pair else None,
+                result.gradient,
+                result.pair_stats,
+                partials,
+            ),
             mu.value or 0.0,
-            result.loss if self.per_pair else None,
-            result.gradient,
-            result.pair_stats,
-            partials,
-            *self.sizes,
         )
         if self.finalise is not None:
+            loss = None if self.per_pair else result.loss
             self.finalise(
-                tensors,
-                partials,
-                None if self.per_pair else result.loss,
-                result.batch_stats,
-                result.head_gradient,
-                ema[:3] if self.takes_up else None,
-                *self.sums,
+                (partials, loss, result.batch_stats, result.head_gradient, *(ema[:3] if self.takes_up else ()))
             )
         return result
 
@@ -431,11 +440,11 @@ def _launch_pair_loss(
     rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool, head_gradient: bool
 ) -> LossResult:
     """The pass by the kernels, of P >= 1 pairs."""
-    ema = mu.ema or NO_EMA
+    rows, ema = rows.for_kernels(), mu.ema or NO_EMA
     inputs = (rows.chosen, rows.rejected, rows.pairs, rows.last_token, *scores, mu.tensor, *ema[:3])
     kind = rows.chosen.device, rows.layout, options, stats, head_gradient, ema.beta, kinds(inputs)
     plan = _plans.find(kind, PairLossPlan, rows, scores, mu, options, stats, head_gradient)
-    return run_on(rows.chosen.device, plan.run, rows, scores, mu, inputs)
+    return run_on(rows.chosen.device, plan.run, rows, scores, mu)
 
 
 def run_pair_loss(

@@ -71,6 +71,10 @@ class RowPairs(NamedTuple):
             head,
         )
 
+    def for_kernels(self) -> "RowPairs":
+        """The same, with explicit pairs as the kernels read them."""
+        return self if self.pairs is None else self._replace(pairs=self.pairs.contiguous())
+
     def blocks(self) -> Iterator[tuple[slice | None, "RowPairs"]]:
         """Blocks of pairs whose rows stay in a core's cache between the operators that read them, each with the place
         of its pairs; None for all of them."""
@@ -140,25 +144,12 @@ class Vector(NamedTuple):
     ptr: Tensor | None
     stride: int
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Vector":
-        strides = tensor.stride()
-        return cls(tensor, strides[-1] if strides else 0)
-
-
-NO_VECTOR = Vector(None, 0)
-
 
 class SideArguments(NamedTuple):
     ptr: Tensor
     row_stride: int
     sequence_stride: int
     column_stride: int
-
-    @classmethod
-    def of(cls, hidden: Tensor) -> "SideArguments":
-        strides = hidden.stride()
-        return cls(hidden, strides[0], strides[1] if len(strides) == 3 else 0, strides[-1])
 
 
 class RowArguments(NamedTuple):
@@ -167,13 +158,30 @@ class RowArguments(NamedTuple):
     last_token: Vector
     pairs: Vector
 
-    @classmethod
-    def of(cls, rows: RowPairs) -> "RowArguments":
-        return cls(
-            SideArguments.of(rows.chosen),
-            SideArguments.of(rows.rejected),
-            NO_VECTOR if rows.last_token is None else Vector.of(rows.last_token),
-            NO_VECTOR if rows.pairs is None else Vector.of(rows.pairs.contiguous()),
+
+def vector_stride(tensor: Tensor | None) -> int:
+    strides = () if tensor is None else tensor.stride()
+    return strides[-1] if strides else 0
+
+
+class RowStrides:
+    """The strides of rows, with which their pointers make the kernels' arguments."""
+
+    def __init__(self, rows: RowPairs):
+        self._chosen, self._rejected = self._of(rows.chosen), self._of(rows.rejected)
+        self._last_token, self._pairs = vector_stride(rows.last_token), vector_stride(rows.pairs)
+
+    @staticmethod
+    def _of(hidden: Tensor) -> tuple[int, int, int]:
+        strides = hidden.stride()
+        return strides[0], strides[1] if len(strides) == 3 else 0, strides[-1]
+
+    def arguments(self, chosen, rejected, pairs, last_token) -> RowArguments:
+        return RowArguments(
+            SideArguments(chosen, *self._chosen),
+            SideArguments(rejected, *self._rejected),
+            Vector(last_token, self._last_token),
+            Vector(pairs, self._pairs),
         )
 
 

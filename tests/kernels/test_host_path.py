@@ -125,10 +125,17 @@ class Compiled:
 
     def run(self, *arguments):
         grid, arguments = arguments[:3], arguments[9:]  # the driver's own between them
-        Compiled.launched = self, grid, arguments
+        Compiled.launched = self, grid, with_addresses(arguments)
 
     def __getitem__(self, grid):
         return lambda *arguments: self.run(*grid, *range(6), *arguments)
+
+
+def with_addresses(value):
+    """As a launch past the binder has them: the address of each tensor in its place."""
+    if isinstance(value, tuple):
+        return tuple(with_addresses(part) for part in value)
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
 
 @pytest.fixture
@@ -228,11 +235,12 @@ def repeated_launches(compilations, monkeypatch):
     """How often each kernel was launched past the binder, each time as the binder would have launched it."""
     launch, repeated = Launch.__call__, Counter()
 
-    def launch_and_ask_the_binder(self, tensors, *arguments):
+    def launch_and_ask_the_binder(self, tensors, *numbers):
         compiled = compilations.total()
-        launch(self, tensors, *arguments)
+        launch(self, tensors, *numbers)
         launched = Compiled.launched
         repeated[self._kernel.__name__] += compilations.total() == compiled
+        arguments = self._arguments(*tensors, *numbers)
         self._kernel[self._grid](*arguments, **self._constants, num_warps=self._num_warps, enable_fp_fusion=True)
         assert launched == Compiled.launched
 
