@@ -18,7 +18,7 @@ from normbt_kernels.ops.terms import LossOptions, Mu, Scores
 
 LAYOUTS = ("halves", "interleaved")
 REDUCTIONS = ("mean", "sum", "none")
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def loss_options(
@@ -83,7 +83,7 @@ def reward_inputs(
         )
     num_pairs, device = chosen_hidden.shape[0], chosen_hidden.device
     _check_device("rejected_hidden", rejected_hidden, device)
-    rows = RowPairs(chosen_hidden.detach(), rejected_hidden.detach(), None, None, "apart")
+    rows = RowPairs(chosen_hidden, rejected_hidden, None, None, "apart")
     return rows, Scores(
         _rewards("chosen_rewards", chosen_rewards, num_pairs, device),
         _rewards("rejected_rewards", rejected_rewards, num_pairs, device),
@@ -111,7 +111,7 @@ def linear_inputs(
     _check_device("weight", weight, device)
     if bias is not None:
         _check_floating("bias", bias)
-        if not (_has_shape(bias) or _has_shape(bias, 1)):
+        if bias.numel() != 1 or bias.dim() > 1:
             raise ValueError(f"bias must be () or (1,), got {tuple(bias.shape)}")
         _check_device("bias", bias, device)
         bias = bias if bias.dim() == 0 else bias.reshape(())
@@ -149,14 +149,11 @@ def row_pairs(hidden: Tensor, pairs: str | Tensor, last_token: Tensor | None) ->
     return RowPairs(hidden, hidden, None, last_token, pairs)
 
 
-def _has_shape(tensor: Tensor, *shape: int) -> bool:
-    # Size by size: under torch.compile(dynamic=True) a size is a symbol, and no tuple of symbols contains a shape.
-    if tensor.dim() != len(shape):
-        return False
-    for seen, size in zip(tensor.shape, shape, strict=True):  # noqa: SIM110 (`all` of a generator takes twice as long)
-        if seen != size:
-            return False
-    return True
+def _is_vector(tensor: Tensor, size: int) -> bool:
+    """Whether it is (size,) or (size, 1)."""
+    # Size by size: under torch.compile(dynamic=True) a size is a symbol, and no tuple of symbols equals a shape.
+    shape = tensor.shape
+    return len(shape) in (1, 2) and shape[0] == size and (len(shape) == 1 or shape[1] == 1)
 
 
 def _is_number(value) -> bool:
@@ -198,7 +195,7 @@ def _check_last_token(last_token: Tensor, hidden: Tensor) -> None:
 
 def _rewards(name: str, rewards: Tensor, num_pairs: int, device: torch.device) -> Tensor:
     _check_floating(name, rewards)
-    if not (_has_shape(rewards, num_pairs) or _has_shape(rewards, num_pairs, 1)):
+    if not _is_vector(rewards, num_pairs):
         raise ValueError(f"{name} must be (P,) or (P, 1) with P = {num_pairs} pairs, got {tuple(rewards.shape)}")
     _check_device(name, rewards, device)
     return rewards if rewards.dim() == 1 else rewards.reshape(num_pairs)
@@ -212,7 +209,7 @@ def _constant(name: str, value: Tensor, num_pairs: int, device: torch.device) ->
         raise TypeError(
             f"{name} must be real, got {value.dtype} (known: bool, integers, float16, bfloat16, float32, float64)"
         )
-    if not (_has_shape(value, num_pairs) or _has_shape(value, num_pairs, 1)):
+    if not _is_vector(value, num_pairs):
         raise ValueError(f"{name} must be (P,) or (P, 1) with P = {num_pairs} pairs, got {tuple(value.shape)}")
     _check_device(name, value, device)
     value = value.detach().reshape(num_pairs)

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from normbt_kernels.checks import linear_inputs, loss_options, reward_inputs
 from normbt_kernels.functional import NormBTStats, loss_and_stats
 from normbt_kernels.ops.autograd import pair_weights
 from normbt_kernels.ops.ema import EMA, ArrayCache, move_mu_now
+from normbt_kernels.ops.library import PLAIN
 from normbt_kernels.ops.pair_distance import measure_distances
 from normbt_kernels.ops.pairs import RowPairs
 from normbt_kernels.ops.terms import Mu, Scores
@@ -184,8 +186,8 @@ class DistanceEMA(nn.Module):
         mu = self._buffers["mu"]
         if mu.dtype != torch.float32:  # FSDP1's MixedPrecision(buffer_dtype=...) casts without `_apply`
             mu.data = self._exact_mu.to(mu.device)
-        # nn.Module's own way to set it takes a few us, and so does `detach`, of every step.
-        if not torch.compiler.is_compiling() and not _share_memory(mu, self._exact_mu):
+        # nn.Module's own way to set it takes a few us of every step, and so does `detach`.
+        if not is_dynamo_compiling() and _lies_elsewhere(mu, self._exact_mu):
             vars(self)["_exact_mu"] = mu.detach()
         if self.pending.device != mu.device:  # FSDP moves buffers without `_apply`
             self.pending = _moved(self.pending, mu.device)
@@ -236,9 +238,10 @@ class DistanceEMA(nn.Module):
                 f"mu is on {mu.device}, but the hidden states are on {rows.chosen.device}: "
                 f"move the loss there once, with .to({str(rows.chosen.device)!r})"
             )
-        group = self._group() if self.training else None
+        group = None
         if self.training:
             self._refuse_repetition()
+            group = self._group()
         if group is not None and mu.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph cannot hold the sum over ranks that moves mu: call the loss outside the graph, or give "
@@ -261,7 +264,7 @@ class DistanceEMA(nn.Module):
         if not self._first_step_began and (rows.num_pairs > 0 or group is not None):
             self._first_step_began = True
         if self.per_step:
-            if not (self.first_step_ended or torch.compiler.is_compiling()):
+            if not (self.first_step_ended or is_dynamo_compiling()):
                 self._warn_of_no_step()
             return
         if group is not None:
@@ -279,12 +282,12 @@ class DistanceEMA(nn.Module):
             )
 
     def _refuse_repetition(self) -> None:
-        if inside_backward():
+        if is_dynamo_compiling():
+            self._traced = []  # a side effect, which Dynamo does not let into a checkpoint
+        elif torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "an activation checkpoint repeats the forward of this loss in backward: call the loss outside of it"
             )
-        if torch.compiler.is_dynamo_compiling():
-            self._traced = []  # a side effect, which Dynamo does not let into a checkpoint
 
     def _mean_of(self, distances: Iterable[Tensor], group: dist.ProcessGroup | None) -> Tensor:
         distance = torch.cat(list(distances))
@@ -348,14 +351,14 @@ class DistanceEMA(nn.Module):
         )
 
 
-def _share_memory(tensor: Tensor, other: Tensor) -> bool:
-    # What is fake has no address.
-    return type(tensor) is type(other) is Tensor and tensor.data_ptr() == other.data_ptr()
-
-
 def inside_backward() -> bool:
     """Whether autograd runs this code, as when an activation checkpoint repeats a forward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _lies_elsewhere(tensor: Tensor, other: Tensor) -> bool:
+    # What is fake lies nowhere.
+    return type(tensor) is Tensor and (type(other) is not Tensor or tensor.data_ptr() != other.data_ptr())
 
 
 def _moved(state: Tensor, device: torch.device) -> Tensor:
@@ -415,7 +418,7 @@ class LinearNormBTLoss(DistanceEMA):
         Raises:
             TypeError: `weight` is a DTensor, which no rank holds whole (FSDP2, tensor parallelism).
         """
-        if hasattr(weight, "full_tensor"):
+        if type(weight) not in PLAIN and hasattr(weight, "full_tensor"):
             raise TypeError(
                 f"weight is sharded (a {type(weight).__name__}): use NormBTLoss on the rewards that the model computes"
             )

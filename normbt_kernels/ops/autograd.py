@@ -156,13 +156,18 @@ def _reward_gradients(ctx, gradient: Tensor, loss_gradient: Tensor) -> tuple[Ten
     return cast(chosen, chosen_dtype), cast(rejected, rejected_dtype)
 
 
+def _needs_gradients(call: Call) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in call.differentiable:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
 def _differentiable(run: Callable[[Call, bool], LossResult], call: Call) -> LossResult:
-    inputs = call.differentiable
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        results: list[LossResult] = []
-        loss = PairLoss.apply(run, call, results, *inputs)
-        return LossResult(loss, *results[0][1:])
-    return run(call, False)
+    results: list[LossResult] = []
+    loss = PairLoss.apply(run, call, results, *call.differentiable)
+    return LossResult(loss, *results[0][1:])
 
 
 def _autograd(run: Callable, *arguments) -> LossResult:
@@ -172,7 +177,8 @@ def _autograd(run: Callable, *arguments) -> LossResult:
     def run_call(call: Call, head_gradient: bool) -> LossResult:
         return LossResult(*run(*Arguments.of(call, head_gradient or given.head_gradient)))
 
-    return _differentiable(run_call, given.call)
+    call = given.call
+    return _differentiable(run_call, call) if _needs_gradients(call) else run_call(call, False)
 
 
 def _fake(*arguments) -> tuple[Tensor, ...]:
@@ -208,10 +214,15 @@ def pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stat
     if mu.own_mean:
         mu = mu._replace(tensor=measure_distances(rows, scores.accumulate_dtype(rows)).mean())
     if is_watched((rows.chosen, rows.rejected, *scores)):
+        rows = rows.detach() if scores.head_weight is None else rows  # of given rewards they are constants
         return LossResult(*_pair_loss_op(*Arguments.of(Call(rows, scores, mu, options, stats))))
     if few_pairs.serves(rows, options, stats):
         return few_pairs.few_pairs_loss(rows, scores, mu, options)
-    return _differentiable(_run, Call(rows, scores, mu, options, stats))
+    call = Call(rows, scores, mu, options, stats)
+    if _needs_gradients(call):
+        return _differentiable(_run, call)
+    with torch.no_grad():
+        return _run(call, False)
 
 
 def pair_weights(rows: RowPairs, mu: Mu, options: LossOptions) -> Tensor:

@@ -26,11 +26,6 @@ class Arrays(NamedTuple):
     num_updates: ndarray
     pending: ndarray | None
 
-    @property
-    def average(self) -> float | None:
-        """mu; None if there is none yet."""
-        return self.mu.item() if self.num_updates > 0 else None
-
 
 class ArrayCache:
     """The arrays of one EMA, as long as its buffers stay where they are: to ask PyTorch takes 5 us for each of them."""
@@ -39,15 +34,19 @@ class ArrayCache:
         self._addresses: tuple[int, ...] = ()
         self._arrays: Arrays | None = None
 
-    def of(self, *buffers: Tensor | None) -> Arrays:
-        addresses = tuple([0 if buffer is None else buffer.data_ptr() for buffer in buffers])
+    def of(self, mu: Tensor, num_updates: Tensor, pending: Tensor | None) -> Arrays:
+        addresses = mu.data_ptr(), num_updates.data_ptr(), 0 if pending is None else pending.data_ptr()
         if addresses != self._addresses:
-            self._arrays = Arrays(*(None if buffer is None else buffer.numpy() for buffer in buffers))
+            self._arrays = arrays_of(mu, num_updates, pending)
             self._addresses = addresses
         return self._arrays
 
     def __reduce__(self):
         return ArrayCache, ()  # a copy of a module has other buffers
+
+
+def arrays_of(mu: Tensor, num_updates: Tensor, pending: Tensor | None) -> Arrays:
+    return Arrays(mu.numpy(), num_updates.numpy(), None if pending is None else pending.numpy())
 
 
 class EMA(NamedTuple):
@@ -62,7 +61,8 @@ class EMA(NamedTuple):
 
     def arrays(self) -> Arrays:
         """Of buffers on the CPU."""
-        return (self.cache or ArrayCache()).of(self.mu, self.num_updates, self.pending)
+        of = arrays_of if self.cache is None else self.cache.of
+        return of(self.mu, self.num_updates, self.pending)
 
 
 @triton.jit
@@ -121,13 +121,13 @@ def move_mu_(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> N
 
 def move_mu_on_cpu(state: Arrays, beta: float, distance_sum: float, pair_count: float) -> None:
     if pair_count > 0 and distance_sum < float("inf"):
-        mean, average = distance_sum / pair_count, state.average
-        state.mu[()] = mean if average is None else beta * average + (1 - beta) * mean
-        state.num_updates[()] += 1
+        mean, num_updates = distance_sum / pair_count, state.num_updates.item()
+        state.mu[()] = beta * state.mu.item() + (1 - beta) * mean if num_updates > 0 else mean
+        state.num_updates[()] = num_updates + 1
 
 
 def move_by_pending_on_cpu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
-    state = EMA(mu, num_updates, pending, beta).arrays()
+    state = arrays_of(mu, num_updates, pending)
     move_mu_on_cpu(state, beta, *state.pending.tolist())
     state.pending[:] = 0
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from normbt_kernels.ops.backend import uses_kernels
 from normbt_kernels.ops.on_cpu import weights_of_differences
-from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype, cast
+from normbt_kernels.ops.pairs import RowPairs, cast
 from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 CPU = torch.device("cpu")
@@ -23,6 +23,7 @@ def serves(rows: RowPairs, options: LossOptions, stats: bool) -> bool:
     hidden = rows.chosen
     return (
         hidden.is_cpu
+        and not uses_kernels(CPU)
         and hidden.dim() == 2
         and 0 < hidden.numel() <= (MAX_ELEMENTS if rows.layout == "apart" else 2 * MAX_ELEMENTS)
         and rows.layout != "explicit"
@@ -30,18 +31,19 @@ def serves(rows: RowPairs, options: LossOptions, stats: bool) -> bool:
         and options.center_coef == 0
         and options.label_smoothing == 0
         and not torch.is_autocast_enabled("cpu")  # it would round `mv` to 16 bits
-        and not uses_kernels(CPU)
     )
 
 
 def few_pairs_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions) -> LossResult:
     """The loss, which autograd differentiates."""
-    dtype = accumulate_dtype(rows.chosen, rows.rejected, *scores[:4])
+    dtype = scores.accumulate_dtype(rows)
     hidden = cast(rows.chosen, dtype)
-    if rows.layout == "apart":
-        chosen, rejected = hidden, cast(rows.rejected, dtype)
+    if rows.layout == "halves":
+        chosen, rejected = hidden.chunk(2)
+    elif rows.layout == "interleaved":
+        chosen, rejected = hidden.unflatten(0, (-1, 2)).unbind(1)
     else:
-        chosen, rejected = hidden.chunk(2) if rows.layout == "halves" else hidden.unflatten(0, (-1, 2)).unbind(1)
+        chosen, rejected = hidden, cast(rows.rejected, dtype)
     delta = (chosen - rejected).contiguous()  # rows of other strides would have other bits
     if scores.head_weight is None:
         z = cast(scores.chosen_rewards, dtype) - cast(scores.rejected_rewards, dtype)
@@ -51,7 +53,8 @@ def few_pairs_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions)
             z = z + cast(scores.head_bias - scores.head_bias, dtype)  # its gradient is 0, and not None
     if scores.margin is not None:
         z = z - cast(scores.margin, dtype)
-    coefficient = weights_of_differences(delta, mu, options, -1 / len(delta) if options.reduction == "mean" else -1.0)
+    scale = -1 / delta.shape[0] if options.reduction == "mean" else -1.0
+    coefficient = weights_of_differences(delta, mu, options, scale)
     if scores.pair_weight is not None:
         coefficient = coefficient * cast(scores.pair_weight, dtype)
     log_likelihood = F.logsigmoid(z)

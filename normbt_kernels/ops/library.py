@@ -13,11 +13,20 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch._C import (
+    DispatchKey,
+    _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.compiler import is_dynamo_compiling
 
 NAMESPACE = "normbt"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 PLAIN = (Tensor, torch.nn.Parameter)
+_PRE_DISPATCH = DispatchKey.PreDispatch
 
 
 def define_op(schema: str, *, fake: Callable, autograd: Callable) -> Callable[[Callable], Callable]:
@@ -67,11 +76,11 @@ def is_watched(tensors: Iterable[Tensor | None]) -> bool:
     """Whether anything traces or transforms this call, and so must see the operator: torch.compile and export,
     torch.func, a dispatch mode, torch.jit.trace, or tensors that are not plain ones (fake, functional, distributed)."""
     if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-        or torch._C._get_tracing_state() is not None
+        is_dynamo_compiling()
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
+        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or _get_tracing_state() is not None
     ):
         return True
     for tensor in tensors:  # noqa: SIM110 (`any` of a generator takes twice as long)

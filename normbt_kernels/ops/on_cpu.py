@@ -19,6 +19,7 @@ from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 DTYPES = {torch.float32: numpy.float32, torch.float64: numpy.float64}
 total_of = numpy.add.reduce  # without the Python layers of `sum`
+INFINITY = float("inf")
 in_silence = numpy.errstate(all="ignore")  # infinities and NaN go their way, as on every other device
 
 
@@ -69,42 +70,41 @@ def weights_on_cpu(rows: RowPairs, mu: Mu, options: LossOptions, dtype: torch.dt
 @in_silence
 def weights_of_differences(delta: Tensor, mu: Mu, options: LossOptions, scale: float) -> Tensor:
     """The same, times `scale`, of pairs with the differences `delta` (P, H), contiguous."""
-    return _tensor(scale * _weights(_norms(delta.detach().numpy()), mu, options), DTYPES[delta.dtype])
+    weight = _weights(_norms(delta.detach().numpy()), mu, options)
+    weight *= scale
+    return torch.from_numpy(weight.astype(DTYPES[delta.dtype]))
 
 
 def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
-    rows = rows._replace(chosen=rows.chosen.detach(), rejected=rows.rejected.detach())
+    rows = rows.detach()
     done = [_norms(_subtract(*_gather(block, dtype))) for _, block in rows.blocks()]
     return done[0] if len(done) == 1 else numpy.concatenate(done)
 
 
 def _weights(distance: ndarray, mu: Mu, options: LossOptions) -> ndarray:
-    state = _state(mu)
-    weight = _weigh(distance, _measure(mu, state), options)
-    if mu.takes_up_distances:
+    state = None if mu.ema is None else mu.ema.arrays()
+    weight = _weigh(distance, _average(mu, state), options)
+    if state is not None and state.pending is not None:
         _take_up(distance, state, mu.ema.beta)
     return weight
 
 
-def _state(mu: Mu) -> Arrays | None:
-    return None if mu.ema is None else mu.ema.arrays()
-
-
-def _measure(mu: Mu, state: Arrays | None) -> float | None:
+def _average(mu: Mu, state: Arrays | None) -> float | None:
     """What weighs the pairs; None if each weighs 1."""
-    average = None if state is None else state.average
-    if average is not None:
-        return average
+    if state is not None and state.num_updates.item() > 0:
+        return state.mu.item()
     return mu.value if mu.tensor is None else mu.tensor.item()
 
 
 def _take_up(distance: ndarray, state: Arrays, beta: float | None) -> None:
     distance_sum, pair_count = state.pending.tolist()
-    distance_sum, pair_count = distance_sum + float(total_of(distance)), pair_count + len(distance)
+    if beta is not None and pair_count > 0:
+        state.pending[:] = 0
+    distance_sum += total_of(distance).item()
+    pair_count += len(distance)
     if beta is None:
         state.pending[:] = distance_sum, pair_count
     else:
-        state.pending[:] = 0
         move_mu_on_cpu(state, beta, distance_sum, pair_count)
 
 
@@ -114,7 +114,7 @@ def _weigh(distance: ndarray, mu: float | None, options: LossOptions) -> ndarray
     weight = mu / (distance + options.eps)
     if options.power != 1:
         weight **= options.power
-    if options.power != 0:
+    if options.power != 0 and not total_of(distance) < INFINITY:
         weight += 0 * distance  # NaN where it is infinite, as in the kernels
     return weight if options.max_weight is None else numpy.minimum(weight, options.max_weight)
 
@@ -193,15 +193,15 @@ def compute_on_cpu(
 ) -> LossResult:
     """The loss of P >= 1 pairs."""
     dtype, num_pairs = scores.accumulate_dtype(rows), rows.num_pairs
-    number, state = DTYPES[dtype], _state(mu)
-    measure = _measure(mu, state)
+    number, state = DTYPES[dtype], None if mu.ema is None else mu.ema.arrays()
+    average = _average(mu, state)
     scale = 1 / num_pairs if options.reduction == "mean" else 1.0
     head = _array(scores.head_weight, dtype)
     bias = 0.0 if scores.head_bias is None else scores.head_bias.item()
     blocks = list(rows.blocks())
     head_total = numpy.zeros(rows.hidden_size + 1, number if len(blocks) == 1 else float) if head_gradient else None
     done = [
-        _compute_block(block, scores.block(place), measure, options, stats, dtype, scale, head, bias, head_total)
+        _compute_block(block, scores.block(place), average, options, stats, dtype, scale, head, bias, head_total)
         for place, block in blocks
     ]
     pairs = done[0]
@@ -216,7 +216,7 @@ def compute_on_cpu(
         pair_stats = _tensor((distance, pairs.weight, pairs.chosen_reward, pairs.rejected_reward), number)
         of_batch = distance, pairs.bt_loss, pairs.difference > 0
         batch_stats = _tensor([total_of(values) / num_pairs for values in of_batch], number)
-    if mu.takes_up_distances:
+    if state is not None and state.pending is not None:
         _take_up(distance, state, mu.ema.beta)
     gradient = numpy.empty((2, num_pairs), number)
     gradient[0], gradient[1] = pairs.chosen_gradient, pairs.rejected_gradient

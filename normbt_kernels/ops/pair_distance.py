@@ -106,6 +106,6 @@ _pair_distance_op = define_op(
 def measure_distances(rows: RowPairs, dtype: torch.dtype | None = None) -> Tensor:
     """rho (P,) of the pairs, without gradient; in `dtype`, or in that which the rows are accumulated in."""
     dtype = dtype or accumulate_dtype(rows.chosen, rows.rejected)
-    rows = rows._replace(chosen=rows.chosen.detach(), rejected=rows.rejected.detach())
+    rows = rows.detach()
     run = _pair_distance_op if is_watched((rows.chosen, rows.rejected)) else _pair_distance
     return run(*rows, dtype)

@@ -71,6 +71,11 @@ class RowPairs(NamedTuple):
             head,
         )
 
+    def detach(self) -> "RowPairs":
+        """The same rows as constants."""
+        chosen = self.chosen.detach()
+        return self._replace(chosen=chosen, rejected=chosen if self.rejected is self.chosen else self.rejected.detach())
+
     def for_kernels(self) -> "RowPairs":
         """The same, with explicit pairs as the kernels read them."""
         return self if self.pairs is None else self._replace(pairs=self.pairs.contiguous())
