@@ -43,3 +43,17 @@ def test_package_works_without_triton_and_transformers():
         "print(loss.item())\n"
     )
     assert abs(float(output) - 0.693147) < 1e-6  # log 2: equal rewards, weight 5 / 5
+
+
+@pytest.mark.slow
+def test_apply_normbt_does_not_load_the_compiler_where_nothing_is_compiled():
+    output = run_python(
+        "import sys, torch\n"
+        "from normbt_kernels import apply_normbt\n"
+        "head = torch.nn.Linear(4, 1)\n"
+        "apply_normbt(head)\n"
+        "chosen, rejected = head(torch.randn(4, 4)).chunk(2)\n"
+        "(chosen - rejected).sum().backward()\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    assert output == "False\n"

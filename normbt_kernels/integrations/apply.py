@@ -24,8 +24,9 @@ from normbt_kernels.checks import LAYOUTS, row_pairs
 from normbt_kernels.integrations.head import NUM_CHECKED, ModelInputs, each_at, find_head
 from normbt_kernels.integrations.optimizer_steps import follow_optimizer_of
 from normbt_kernels.modules import DistanceEMA, inside_backward
-from normbt_kernels.ops.pairs import RowPairs
+from normbt_kernels.ops.pairs import RowPairs, cast
 
+Index = tuple[Tensor, Tensor] | None  # of the scored rows, (N, ...), in (N, S, ...); None: all rows are scored
 Scale = Callable[[Tensor], Tensor]  # gradient of a batch's logits under BT -> the same under NormBT
 
 
@@ -146,17 +147,18 @@ class PairWeights(DistanceEMA):
     def _after_head(self, head: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], logits: Tensor) -> None:
         inputs = self._inputs.take()
         if self.training:
-            self._weigh(head, args[0] if args else kwargs["input"], inputs, logits)
+            weigh = self._weigh_outside_graph if torch.compiler.is_compiling() else self._weigh
+            weigh(head, args[0] if args else kwargs["input"], inputs, logits)
 
-    @torch._disable_dynamo  # torch.compiler.disable, which would import half of torch with this package
     def _weigh(self, head: nn.Module, hidden: Tensor, inputs: Mapping[str, Any], logits: Tensor) -> None:
         """Hooks the gradient of the logits, (N, S, 1) or (N, 1), if they will get one."""
-        if getattr(head, "_is_replica", False):
+        if "_is_replica" in vars(head):
             raise ValueError(
                 "nn.DataParallel splits the pairs of a batch: start one process per GPU (torchrun or accelerate "
                 "launch), or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        if forward_ad.unpack_dual(logits).tangent is not None:
+        # Outside of its levels nothing has a tangent, and to ask takes as long as an operator.
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
             raise RuntimeError(
                 "apply_normbt weighs gradients in backward, and forward-mode differentiation has none: use NormBTLoss"
             )
@@ -171,26 +173,30 @@ class PairWeights(DistanceEMA):
             self._knows_optimizers = True
         token = None if hidden.dim() == 2 else self._inputs.unpadded_token(inputs, hidden)
         score = self._score_apart if self.layout == "apart" else self._score_pairs
-        logits.register_hook(score(hidden.detach(), token, logits.detach()))
+        logits.register_hook(score(hidden.detach(), token, logits))
+
+    # torch.compiler.disable would import half of torch with this package; this does it when it is called.
+    _weigh_outside_graph = torch._disable_dynamo(_weigh)
 
     # --- a batch of pairs ---
 
     def _score_pairs(self, hidden: Tensor, token: Tensor | None, logits: Tensor) -> Scale:
         """Weighs the batch, and returns the function through which the gradient of its logits goes."""
         weight, pooled = self.weigh(row_pairs(hidden, self.layout, token)), _pooled(token)
-        reward_sum = self._sides(logits[pooled]).sum(dim=0) if self._backwards_to_check > 0 else None
+        checks = self._backwards_to_check > 0
+        reward_sum = self._sides(_at(pooled, logits.detach())).sum(dim=0) if checks else None
         return partial(self._scale_pairs, weight, pooled, reward_sum)
 
-    def _scale_pairs(self, weight: Tensor, pooled: tuple, reward_sum: Tensor | None, gradient: Tensor) -> Tensor:
+    def _scale_pairs(self, weight: Tensor, pooled: Index, reward_sum: Tensor | None, gradient: Tensor) -> Tensor:
         """From `gradient`, that of the logits under BT, the one under NormBT: same dtype, computed in fp32 or wider."""
         _refuse_second_backward()
         dtype = torch.promote_types(gradient.dtype, weight.dtype)
-        sides = self._sides(gradient[pooled]).to(dtype)
+        sides = cast(self._sides(_at(pooled, gradient)), dtype)
         if self._backwards_to_check > 0 and reward_sum is not None:
             self._check_tokens(pooled, gradient)
             self._check_pairs(*sides, reward_sum.to(dtype), gradient.dtype)
         # How far a side is from the mean of both, (g_c - g_r)/2, times w; lerp keeps the digits of a small w.
-        sides = torch.lerp(sides.mean(dim=0), sides, weight.to(dtype))
+        sides = torch.lerp(sides.mean(dim=0), sides, cast(weight, dtype))
         return _replaced(gradient, pooled, sides if self.layout == "halves" else sides.T)
 
     def _sides(self, column: Tensor) -> Tensor:
@@ -201,7 +207,7 @@ class PairWeights(DistanceEMA):
 
     def _score_apart(self, hidden: Tensor, token: Tensor | None, logits: Tensor) -> Scale:
         pooled = _pooled(token)
-        rows, batch = hidden[pooled], self._chosen
+        rows, batch = _at(pooled, hidden), self._chosen
         if batch is None:
             batch = self._chosen = Apart(rows)
         else:
@@ -214,12 +220,13 @@ class PairWeights(DistanceEMA):
             batch.weight = self.weigh(RowPairs(batch.chosen, rows, None, None, "apart"))
         return partial(self._scale_apart, batch, pooled)
 
-    def _scale_apart(self, batch: Apart, pooled: tuple, gradient: Tensor) -> Tensor:
+    def _scale_apart(self, batch: Apart, pooled: Index, gradient: Tensor) -> Tensor:
         """The gradient of one side under NormBT: that under BT times the weight, as there is no centering term."""
         _refuse_second_backward()
         if batch.weight is None:
             raise ValueError("layout='apart': a backward came before the forward on the rejected sequences")
-        side = gradient[pooled].view(-1).to(torch.promote_types(gradient.dtype, batch.weight.dtype))
+        dtype = torch.promote_types(gradient.dtype, batch.weight.dtype)
+        side = cast(_at(pooled, gradient).view(-1), dtype)
         if self._backwards_to_check > 0:
             self._check_tokens(pooled, gradient)
             if batch.gradient is not None:
@@ -233,7 +240,9 @@ class PairWeights(DistanceEMA):
 
     # --- what the first backwards show ---
 
-    def _check_tokens(self, pooled: tuple, gradient: Tensor) -> None:
+    def _check_tokens(self, pooled: Index, gradient: Tensor) -> None:
+        if pooled is None:
+            return
         others = gradient.clone()
         others[pooled] = 0
         if others.any():
@@ -291,15 +300,18 @@ class Apart:
     gradient: Tensor | None = None  # (P,) of the side whose backward came first
 
 
-def _pooled(token: Tensor | None) -> tuple:
-    """The index of the scored rows, (N, ...), in a tensor (N, S, ...) or, without `token`, (N, ...)."""
-    return (slice(None),) if token is None else each_at(token)
+def _pooled(token: Tensor | None) -> Index:
+    return None if token is None else each_at(token)
 
 
-def _replaced(gradient: Tensor, pooled: tuple, rows: Tensor) -> Tensor:
+def _at(pooled: Index, values: Tensor) -> Tensor:
+    return values if pooled is None else values[pooled]
+
+
+def _replaced(gradient: Tensor, pooled: Index, rows: Tensor) -> Tensor:
     """`gradient` with other values, `rows` of N in all, in the scored rows."""
-    column = rows.reshape(-1, 1).to(gradient.dtype)
-    if gradient.dim() == 2:  # all rows are scored
+    column = cast(rows.reshape(-1, 1), gradient.dtype)
+    if pooled is None:
         return column
     replaced = gradient.clone()
     replaced[pooled] = column

@@ -37,14 +37,23 @@ def _tensor(values, number: type) -> Tensor:
 
 def _gather(rows: RowPairs, dtype: torch.dtype) -> tuple[ndarray, ndarray]:
     """The chosen and the rejected rows, each (P, H)."""
-    if rows.last_token is not None or {rows.chosen.dtype, rows.rejected.dtype} != {dtype}:
+    if rows.last_token is not None or (rows.pairs is not None and rows.chosen.dtype != dtype):
         chosen, rejected = rows.gather(dtype)
-        return chosen.numpy(), rejected.numpy()
-    chosen = rows.chosen.numpy()
-    rejected = chosen if rows.rejected is rows.chosen else rows.rejected.numpy()
-    arrays = RowPairs(chosen, rejected, None if rows.pairs is None else rows.pairs.numpy(), None, rows.layout)
-    every = slice(0, rows.num_pairs)
-    return arrays.side(0, every), arrays.side(1, every)
+        return chosen.detach().numpy(), rejected.detach().numpy()
+    hidden = _rows(rows.chosen, dtype)
+    if rows.pairs is not None:
+        pairs = rows.pairs.numpy()
+        return hidden[pairs[:, 0]], hidden[pairs[:, 1]]
+    if rows.layout == "halves":
+        num_pairs = len(hidden) // 2
+        return hidden[:num_pairs], hidden[num_pairs:]
+    if rows.layout == "interleaved":
+        return hidden[::2], hidden[1::2]
+    return hidden, _rows(rows.rejected, dtype)
+
+
+def _rows(hidden: Tensor, dtype: torch.dtype) -> ndarray:
+    return cast(hidden.detach() if hidden.requires_grad else hidden, dtype).numpy()
 
 
 def _subtract(chosen: ndarray, rejected: ndarray) -> ndarray:
@@ -76,9 +85,9 @@ def weights_of_differences(delta: Tensor, mu: Mu, options: LossOptions, scale: f
 
 
 def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
-    rows = rows.detach()
-    done = [_norms(_subtract(*_gather(block, dtype))) for _, block in rows.blocks()]
-    return done[0] if len(done) == 1 else numpy.concatenate(done)
+    if rows.num_pairs * rows.hidden_size <= CACHE_ELEMENTS:  # a single block
+        return _norms(_subtract(*_gather(rows, dtype)))
+    return numpy.concatenate([_norms(_subtract(*_gather(block, dtype))) for _, block in rows.blocks()])
 
 
 def _weights(distance: ndarray, mu: Mu, options: LossOptions) -> ndarray:
