@@ -27,11 +27,12 @@ def loss_options(
     """The checked constants of the loss."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    given = {"label_smoothing": label_smoothing, "center_coef": center_coef, "eps": eps, "power": power}
-    for name, value in given.items():
-        # By far the most are floats, and to ask an abstract class about each takes its time.
-        if type(value) is not float and not _is_number(value):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    # By far the most are floats, and to ask an abstract class about each takes its time.
+    if not (type(label_smoothing) is type(center_coef) is type(eps) is type(power) is float):
+        given = {"label_smoothing": label_smoothing, "center_coef": center_coef, "eps": eps, "power": power}
+        for name, value in given.items():
+            if not _is_number(value):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     # Comparisons, because torch.compile cannot trace math.isfinite of a number that varies.
@@ -54,19 +55,20 @@ def mu_of(mu: float | Tensor | None, hidden: Tensor) -> Mu:
     """The checked `mu` of the functional forms."""
     if mu is None:
         return Mu(own_mean=True)
-    if isinstance(mu, Tensor):
-        if mu.dim() != 0:
-            raise ValueError(f"mu must be a number, a 0-d tensor or None, got a tensor of shape {tuple(mu.shape)}")
-        if not mu.is_floating_point():
-            raise TypeError(f"mu must be of a floating-point dtype, got {mu.dtype}")
-        if isinstance(hidden, Tensor):
-            _check_device("mu", mu, hidden.device)
-        return Mu(tensor=mu.detach())
-    if type(mu) is not float and not _is_number(mu):
-        raise TypeError(f"mu must be a number, a 0-d tensor or None, got {type(mu).__name__}")
+    if type(mu) is not float:
+        if isinstance(mu, Tensor):
+            if mu.dim() != 0:
+                raise ValueError(f"mu must be a number, a 0-d tensor or None, got a tensor of shape {tuple(mu.shape)}")
+            if not mu.is_floating_point():
+                raise TypeError(f"mu must be of a floating-point dtype, got {mu.dtype}")
+            if isinstance(hidden, Tensor):
+                _check_device("mu", mu, hidden.device)
+            return Mu(tensor=mu.detach())
+        if not _is_number(mu):
+            raise TypeError(f"mu must be a number, a 0-d tensor or None, got {type(mu).__name__}")
     if not 0 <= mu < math.inf:
         raise ValueError(f"mu must be finite and >= 0, got {mu}")
-    return Mu(value=float(mu))
+    return Mu(float(mu))
 
 
 def reward_inputs(

@@ -7,7 +7,7 @@ must read them again for the head's gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,13 +15,22 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
 from normbt_kernels.ops import few_pairs
-from normbt_kernels.ops.backend import uses_kernels
+from normbt_kernels.ops.backend import run_on, uses_kernels
 from normbt_kernels.ops.ema import EMA
+from normbt_kernels.ops.launcher import Plans, kinds
 from normbt_kernels.ops.library import define_op, is_watched, refuse_gradients, with_empty_tables
-from normbt_kernels.ops.linear_gradient import ONCE, linear_gradient, linear_gradient_op
+from normbt_kernels.ops.linear_gradient import (
+    ONCE,
+    GradientPlan,
+    Gradients,
+    Layout,
+    Upstream,
+    linear_gradient,
+    linear_gradient_op,
+)
 from normbt_kernels.ops.on_cpu import weights_on_cpu
 from normbt_kernels.ops.pair_distance import measure_distances
-from normbt_kernels.ops.pair_loss import run_pair_loss
+from normbt_kernels.ops.pair_loss import PairLossPlan, run_pair_loss
 from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype, cast
 from normbt_kernels.ops.terms import WEIGHT, LossOptions, LossResult, Mu, Scores
 
@@ -95,29 +104,51 @@ class Arguments(NamedTuple):
         )  # fmt: skip
 
 
-class PairLoss(_SingleLevelFunction):
-    """`apply(run, call, results, *call.differentiable)` returns the loss, and leaves the `LossResult` in `results`.
+class Passes:
+    """The forward and the backward pass of calls of one kind: what backward must know besides tensors.
 
-    `run` is the operator below autograd, or the implementation itself. The tables are constants: as further outputs
-    they would cost autograd 9 us a step. Single-level: torch.func's transforms see the operator, never this Function.
+    Args:
+        call: one of them.
+        needs: which of `call.differentiable` receive gradients.
+        run: the operator below autograd, or the implementation itself.
+    """
+
+    def __init__(self, call: Call, needs: Sequence[bool], run: Callable[[Call, bool], LossResult]):
+        rows, trains_head, per_pair = call.rows, needs[3] or needs[4], call.options.reduction == "none"
+        self.run, self.head_gradient = run, trains_head and not per_pair
+        self.reads_rows_again = trains_head and per_pair
+        self.layout, self.hidden_shape, self.hidden_dtype = rows.layout, rows.chosen.shape, rows.chosen.dtype
+        self.dtypes = [None if tensor is None else tensor.dtype for tensor in call.differentiable]
+
+    def forward(self, call: Call) -> LossResult:
+        return self.run(call, self.head_gradient)
+
+    def linear_gradient(self, saved: tuple[Tensor | None, ...], needs: tuple[bool, bool, bool]) -> Gradients:
+        """Of the hidden states, the head's weight and its bias. saved: the arguments of `linear_gradient`."""
+        run = linear_gradient_op if is_watched(saved) else linear_gradient
+        return run(*saved, self.layout, self.hidden_shape, self.hidden_dtype, self.dtypes[4] or saved[3].dtype, *needs)
+
+
+class PairLoss(_SingleLevelFunction):
+    """`apply(passes, call, results, *call.differentiable)` returns the loss, and leaves the `LossResult` in `results`.
+
+    The tables are constants: as further outputs they would cost autograd 9 us a step. Single-level: torch.func's
+    transforms see the operator, never this Function.
     """
 
     @staticmethod
-    def forward(ctx, run, call, results, *inputs):
-        rows, scores = call.rows, call.scores
-        per_pair, trains_head = call.options.reduction == "none", ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
-        result = run(call, trains_head and not per_pair)
+    def forward(ctx, passes, call, results, *inputs):
+        rows, result = call.rows, passes.forward(call)
+        ctx.passes = passes
         ctx.save_for_backward(
             result.loss,  # so that a second differentiation finds its way here and is refused
             result.gradient,
             result.head_gradient,
-            scores.head_weight,
+            call.scores.head_weight,
+            rows.chosen if passes.reads_rows_again else None,
             rows.pairs,
             rows.last_token,
-            rows.chosen if trains_head and per_pair else None,
         )
-        ctx.layout, ctx.hidden_shape, ctx.hidden_dtype = rows.layout, rows.chosen.shape, rows.chosen.dtype
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         results.append(result)
         return result.loss
 
@@ -135,50 +166,48 @@ class PairLoss(_SingleLevelFunction):
 
 def _gradients(ctx, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Of `Call.differentiable`."""
-    _, gradient, head_gradient, head_weight, pairs, last_token, hidden = ctx.saved_tensors
-    if head_weight is None:
-        return None, *_reward_gradients(ctx, gradient, loss_gradient), None, None
-    needs = ctx.needs_input_grad[3], ctx.needs_input_grad[6], ctx.needs_input_grad[7]
-    run = linear_gradient_op if is_watched((gradient, loss_gradient, head_weight)) else linear_gradient
-    gradients = run(
-        gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, ctx.layout,
-        ctx.hidden_shape, ctx.hidden_dtype, ctx.dtypes[4] or head_weight.dtype, *needs,
-    )  # fmt: skip
-    hidden, weight, bias = (value if needed else None for value, needed in zip(gradients, needs, strict=True))
-    return hidden, None, None, weight, bias
+    passes, (_, gradient, *saved) = ctx.passes, ctx.saved_tensors
+    if saved[1] is None:  # no head
+        return None, *_reward_gradients(passes, gradient, loss_gradient), None, None
+    _, _, _, needs_hidden, _, _, needs_weight, needs_bias = ctx.needs_input_grad
+    hidden, weight, bias = passes.linear_gradient(
+        (gradient, loss_gradient, *saved), (needs_hidden, needs_weight, needs_bias)
+    )
+    return hidden if needs_hidden else None, None, None, weight if needs_weight else None, bias if needs_bias else None
 
 
-def _reward_gradients(ctx, gradient: Tensor, loss_gradient: Tensor) -> tuple[Tensor, Tensor]:
-    chosen_dtype, rejected_dtype = ctx.dtypes[1:3]
+def _reward_gradients(passes: Passes, gradient: Tensor, loss_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    chosen_dtype, rejected_dtype = passes.dtypes[1:3]
     # One product and, for 16-bit rewards, one cast: two launches for both sides.
     gradient = cast(gradient * loss_gradient, torch.promote_types(chosen_dtype, rejected_dtype))
     chosen, rejected = gradient.unbind()
     return cast(chosen, chosen_dtype), cast(rejected, rejected_dtype)
 
 
-def _needs_gradients(call: Call) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in call.differentiable:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
+def _needs_gradients(inputs: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
+    if not torch.is_grad_enabled():
+        return (False,) * len(inputs)
+    return tuple([tensor is not None and tensor.requires_grad for tensor in inputs])
 
 
-def _differentiable(run: Callable[[Call, bool], LossResult], call: Call) -> LossResult:
+def _differentiable(passes: Passes, call: Call, inputs: tuple[Tensor | None, ...]) -> LossResult:
     results: list[LossResult] = []
-    loss = PairLoss.apply(run, call, results, *call.differentiable)
-    return LossResult(loss, *results[0][1:])
+    loss = PairLoss.apply(passes, call, results, *inputs)
+    result = results[0]
+    return result if result.loss is loss else result._replace(loss=loss)
 
 
 def _autograd(run: Callable, *arguments) -> LossResult:
     """The operator's Autograd kernel. Of nested transforms, an inner one may ask an outer one for `head_gradient`."""
     given = Arguments(*arguments)
+    call = given.call
+    inputs = call.differentiable
+    needs = _needs_gradients(inputs)
 
     def run_call(call: Call, head_gradient: bool) -> LossResult:
         return LossResult(*run(*Arguments.of(call, head_gradient or given.head_gradient)))
 
-    call = given.call
-    return _differentiable(run_call, call) if _needs_gradients(call) else run_call(call, False)
+    return _differentiable(Passes(call, needs, run_call), call, inputs) if True in needs else run_call(call, False)
 
 
 def _fake(*arguments) -> tuple[Tensor, ...]:
@@ -209,6 +238,53 @@ def _run(call: Call, head_gradient: bool) -> LossResult:
     return run_pair_loss(*call, head_gradient)
 
 
+class LaunchedPasses(Passes):
+    """The same by the kernels: launches that are planned once."""
+
+    def __init__(self, call: Call, needs: Sequence[bool]):
+        super().__init__(call, needs, _run)
+        self._launches = PairLossPlan(call.rows.for_kernels(), *call[1:], self.head_gradient)
+        self._device = call.rows.chosen.device
+        self._has_indices = call.rows.pairs is not None or call.rows.last_token is not None
+        self._backward: dict[Hashable, GradientPlan] = {}
+
+    def forward(self, call: Call) -> LossResult:
+        rows, scores, mu, _, _ = call
+        if self._has_indices:
+            rows.check_range()
+            rows = rows.for_kernels()
+        return run_on(self._device, self._launches.run, rows, scores, mu)
+
+    def linear_gradient(self, saved: tuple[Tensor | None, ...], needs: tuple[bool, bool, bool]) -> Gradients:
+        gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token = saved
+        if is_watched((loss_gradient,)):
+            return super().linear_gradient(saved, needs)
+        call = (
+            Upstream(gradient, loss_gradient, head_gradient), head_weight, hidden,
+            Layout(pairs, last_token, self.layout, self.hidden_shape),
+        )  # fmt: skip
+        kind = needs, loss_gradient.dtype, loss_gradient.stride()
+        plan = self._backward.get(kind)
+        if plan is None:
+            bias_dtype = self.dtypes[4] or head_weight.dtype
+            plan = self._backward[kind] = GradientPlan(*call, self.hidden_dtype, bias_dtype, needs)
+        return run_on(self._device, plan.run, *call)
+
+
+_passes: Plans[LaunchedPasses] = Plans()
+
+
+def _passes_of(call: Call, needs: tuple[bool, ...]) -> Passes:
+    rows, scores, mu, options, stats = call
+    device, ema = rows.chosen.device, mu.ema
+    if not uses_kernels(device) or rows.num_pairs == 0:
+        return Passes(call, needs, _run)
+    average = None if ema is None else (ema.beta, ema.pending is None, ema.num_updates.dtype)
+    tensors = rows.chosen, rows.rejected, rows.pairs, rows.last_token, *scores, mu.tensor
+    kind = device, rows.layout, options, stats, needs, average, kinds(tensors)
+    return _passes.find(kind, LaunchedPasses, call, needs)
+
+
 def pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stats: bool) -> LossResult:
     """The loss of P pairs, whose gradients reach the rewards or the rows and their head."""
     if mu.own_mean:
@@ -219,17 +295,23 @@ def pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stat
     if few_pairs.serves(rows, options, stats):
         return few_pairs.few_pairs_loss(rows, scores, mu, options)
     call = Call(rows, scores, mu, options, stats)
-    if _needs_gradients(call):
-        return _differentiable(_run, call)
+    inputs = call.differentiable
+    needs = _needs_gradients(inputs)
+    passes = _passes_of(call, needs)
+    if True in needs:
+        return _differentiable(passes, call, inputs)
     with torch.no_grad():
-        return _run(call, False)
+        return passes.forward(call)
+
+
+def _numpy_weighs(device: torch.device) -> bool:
+    return device.type == "cpu" and not uses_kernels(device)
 
 
 def pair_weights(rows: RowPairs, mu: Mu, options: LossOptions) -> Tensor:
     """The weights (P,) of pairs whose loss is computed elsewhere; constants, and `mu` takes up their distances."""
     device, dtype = rows.chosen.device, accumulate_dtype(rows.chosen, rows.rejected)
-    without_kernels = device.type == "cpu" and not uses_kernels(device)
-    if without_kernels and rows.num_pairs > 0 and not is_watched((rows.chosen, rows.rejected)):
+    if _numpy_weighs(device) and rows.num_pairs > 0 and not is_watched((rows.chosen, rows.rejected)):
         return weights_on_cpu(rows, mu, options, dtype)
     # The pass over the pairs makes them, in two launches, beside a loss of any rewards that nobody asks for.
     reward = rows.chosen.new_empty(rows.num_pairs, dtype=dtype)

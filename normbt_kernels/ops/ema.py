@@ -97,7 +97,7 @@ _plans: Plans[Launch] = Plans()
 
 
 def _plan_move(beta: float) -> Launch:
-    return Launch(_move_mu_kernel, (1, 1, 1), 1, lambda *buffers: buffers, BETA=beta)
+    return Launch(_move_mu_kernel, (1, 1, 1), 1, lambda *buffers: buffers, {}, BETA=beta)
 
 
 # The same in PyTorch operators, which do not wait for the device, and as plain arithmetic for the CPU.

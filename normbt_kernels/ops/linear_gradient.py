@@ -27,7 +27,7 @@ from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, refuse_gradients, with_empty_tables
 from normbt_kernels.ops.on_cpu import are_few, compute_few_gradients
 from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
-from normbt_kernels.ops.pairs import RowPairs, RowStrides, Vector, cast, load_each, vector_stride
+from normbt_kernels.ops.pairs import RowArguments, RowPairs, RowStrides, Vector, cast, load_each, vector_stride
 
 ONCE = "the NormBT losses cannot be differentiated twice"
 
@@ -174,6 +174,18 @@ class Gradients(NamedTuple):
     head_weight: Tensor | None  # (H,)
     head_bias: Tensor | None  # ()
 
+    @classmethod
+    def allocate(
+        cls, like: Tensor, head_weight: Tensor, layout: "Layout",
+        hidden_dtype: torch.dtype, bias_dtype: torch.dtype, needs: tuple[bool, bool, bool],
+    ) -> "Gradients":  # fmt: skip
+        shape, (needs_hidden, needs_weight, needs_bias) = layout.hidden_shape, needs
+        return cls(
+            like.new_empty(shape, dtype=hidden_dtype) if needs_hidden else None,
+            like.new_empty(shape[-1], dtype=head_weight.dtype) if needs_weight else None,
+            like.new_empty((), dtype=bias_dtype) if needs_bias else None,
+        )
+
 
 class Upstream(NamedTuple):
     """What backward knows: the pairs' own gradients, and what comes from above."""
@@ -211,16 +223,22 @@ class Layout(NamedTuple):
         return RowPairs(hidden, hidden, self.pairs, self.last_token, self.name)
 
 
+def named_vector(vector: tuple) -> Vector:
+    return Vector(*vector)
+
+
 class GradientPlan:
-    """The launches of a backward pass."""
+    """The launches of a backward pass, and what it allocates."""
 
     def __init__(
-        self, result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
-    ):
+        self, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout,
+        hidden_dtype: torch.dtype, bias_dtype: torch.dtype, needs: tuple[bool, bool, bool],
+    ):  # fmt: skip
+        needs_hidden, needs_weight, needs_bias = needs
+        self.made = hidden_dtype, bias_dtype, needs
         num_rows, num_pairs, hidden_size = layout.hidden_shape[0], upstream.num_pairs, layout.hidden_shape[-1]
         per_pair, dtype, device = upstream.per_pair, upstream.gradient.dtype, upstream.gradient.device
-        needs_hidden = result.hidden is not None
-        needs_head = result.head_weight is not None or result.head_bias is not None
+        needs_head = needs_weight or needs_bias
         acc, num_partials = triton_dtype(dtype), int(needs_head)
         self.num_rows, self.num_pairs = num_rows, num_pairs
         self.upstream_stride, self.head_stride = vector_stride(upstream.loss_gradient), vector_stride(head_weight)
@@ -228,7 +246,7 @@ class GradientPlan:
         self.sum_pairs = self.sum_head = None
         if needs_hidden and layout.name == "explicit":
             self.sum_pairs = Launch(
-                _sum_pairs_of_rows_kernel, (cdiv(num_rows, 16), 1, 1), 4, self._sum_pairs_arguments,
+                _sum_pairs_of_rows_kernel, (cdiv(num_rows, 16), 1, 1), 4, self._sum_pairs_arguments, {3: named_vector},
                 PER_PAIR=per_pair, BLOCK_N=16, BLOCK_K=16, ACC=acc,
             )  # fmt: skip
         if needs_head and per_pair:
@@ -237,6 +255,7 @@ class GradientPlan:
             num_partials = shape.num_programs
             self.sum_head = Launch(
                 _sum_head_gradient_kernel, (num_partials, 1, 1), shape.num_warps, self._sum_head_arguments,
+                {0: RowArguments.named, 2: named_vector},
                 LAYOUT=layout.name, BLOCK_P=shape.block_rows, BLOCK_H=shape.block_hidden, ACC=acc,
             )  # fmt: skip
             self.row_strides = RowStrides(rows)
@@ -251,6 +270,7 @@ class GradientPlan:
             (cdiv(hidden_size, shape.block_hidden) * shape.num_programs, 1, 1),
             shape.num_warps,
             self._write_arguments,
+            {4: named_vector, 6: named_vector, 9: named_vector},
             LAYOUT=layout.name,
             PER_PAIR=per_pair,
             BLOCK_N=shape.block_rows,
@@ -263,22 +283,21 @@ class GradientPlan:
         self, hidden, weight, bias, gradient, loss_gradient, coefficient, head_weight, head_gradient, last_token
     ) -> tuple:
         return (
-            hidden, weight, bias, gradient, Vector(loss_gradient, self.upstream_stride), coefficient,
-            Vector(head_weight, self.head_stride), head_gradient, self.num_partials or 1,
-            Vector(last_token, self.token_stride), *self.sizes,
+            hidden, weight, bias, gradient, (loss_gradient, self.upstream_stride), coefficient,
+            (head_weight, self.head_stride), head_gradient, self.num_partials or 1,
+            (last_token, self.token_stride), *self.sizes,
         )  # fmt: skip
 
     def _sum_pairs_arguments(self, order, start, gradient, loss_gradient, coefficient) -> tuple:
-        upstream = Vector(loss_gradient, self.upstream_stride)
+        upstream = loss_gradient, self.upstream_stride
         return order, start, gradient, upstream, coefficient, self.num_rows, self.num_pairs
 
     def _sum_head_arguments(self, chosen, rejected, pairs, last_token, gradient, loss_gradient, partials) -> tuple:
         rows = self.row_strides.arguments(chosen, rejected, pairs, last_token)
-        return rows, gradient, Vector(loss_gradient, self.upstream_stride), partials, *self.row_sizes
+        return rows, gradient, (loss_gradient, self.upstream_stride), partials, *self.row_sizes
 
-    def run(
-        self, result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
-    ) -> None:
+    def run(self, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout) -> Gradients:
+        result = Gradients.allocate(upstream.gradient, head_weight, layout, *self.made)
         coefficient, head_gradient = None, upstream.head_gradient
         if self.sum_pairs is not None:
             coefficient = self._sum_pairs_of_rows(upstream, layout)
@@ -294,6 +313,7 @@ class GradientPlan:
                 layout.last_token,
             )
         )
+        return result
 
     def _sum_pairs_of_rows(self, upstream: Upstream, layout: Layout) -> Tensor:
         """c_n of explicit pairs, (N,)."""
@@ -316,13 +336,14 @@ _plans: Plans[GradientPlan] = Plans()
 
 
 def _launch_linear_gradient(
-    result: Gradients, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout
-) -> None:
-    device = upstream.gradient.device
-    tensors = (*result, *upstream, head_weight, hidden, layout.pairs, layout.last_token)
-    kind = device, layout.name, tuple(layout.hidden_shape), kinds(tensors)
-    call = result, upstream, head_weight, hidden, layout
-    run_on(device, _plans.find(kind, GradientPlan, *call).run, *call)
+    upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout,
+    hidden_dtype: torch.dtype, bias_dtype: torch.dtype, needs: tuple[bool, bool, bool],
+) -> Gradients:  # fmt: skip
+    device, call = upstream.gradient.device, (upstream, head_weight, hidden, layout)
+    tensors = *upstream, head_weight, hidden, layout.pairs, layout.last_token
+    kind = device, layout.name, tuple(layout.hidden_shape), hidden_dtype, bias_dtype, needs, kinds(tensors)
+    plan = _plans.find(kind, GradientPlan, *call, hidden_dtype, bias_dtype, needs)
+    return run_on(device, plan.run, *call)
 
 
 def _compute_linear_gradient(
@@ -380,15 +401,10 @@ def _compute_linear_gradient(
 
 def _linear_gradient_fake(
     gradient, loss_gradient, head_gradient, head_weight, hidden, pairs, last_token, layout,
-    hidden_shape, hidden_dtype, bias_dtype, needs_hidden, needs_weight, needs_bias,
+    hidden_shape, hidden_dtype, bias_dtype, *needs,
 ):  # fmt: skip
-    return with_empty_tables(
-        Gradients(
-            gradient.new_empty(hidden_shape, dtype=hidden_dtype) if needs_hidden else None,
-            gradient.new_empty(hidden_shape[-1], dtype=head_weight.dtype) if needs_weight else None,
-            gradient.new_empty((), dtype=bias_dtype) if needs_bias else None,
-        )
-    )
+    places = Layout(pairs, last_token, layout, hidden_shape)
+    return with_empty_tables(Gradients.allocate(gradient, head_weight, places, hidden_dtype, bias_dtype, needs))
 
 
 def _check_sizes(
@@ -430,20 +446,14 @@ def linear_gradient(
     upstream = Upstream(gradient, loss_gradient, head_gradient)
     places = Layout(pairs, last_token, layout, hidden_shape)
     needs = needs_hidden, needs_weight, needs_bias
-    if upstream.num_pairs > 0 and not uses_kernels(gradient.device):
-        return _compute_linear_gradient(upstream, head_weight, hidden, places, hidden_dtype, bias_dtype, needs)
-    result = Gradients(
-        gradient.new_empty(hidden_shape, dtype=hidden_dtype) if needs_hidden else None,
-        gradient.new_empty(hidden_shape[-1], dtype=head_weight.dtype) if needs_weight else None,
-        gradient.new_empty((), dtype=bias_dtype) if needs_bias else None,
-    )
-    if upstream.num_pairs == 0:
+    if gradient.shape[1] == 0:
+        result = Gradients.allocate(gradient, head_weight, places, hidden_dtype, bias_dtype, needs)
         for tensor in result:
             if tensor is not None:
                 tensor.zero_()
-    else:
-        _launch_linear_gradient(result, upstream, head_weight, hidden, places)
-    return result
+        return result
+    run = _launch_linear_gradient if uses_kernels(gradient.device) else _compute_linear_gradient
+    return run(upstream, head_weight, hidden, places, hidden_dtype, bias_dtype, needs)
 
 
 @define_op(

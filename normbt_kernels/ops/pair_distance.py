@@ -12,7 +12,7 @@ from normbt_kernels.ops.backend import run_on, triton_dtype, uses_kernels
 from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.library import define_op, is_watched, without_gradients
 from normbt_kernels.ops.on_cpu import distances_on_cpu
-from normbt_kernels.ops.pairs import RowPairs, RowStrides, accumulate_dtype, load_tile, locate_pairs
+from normbt_kernels.ops.pairs import RowArguments, RowPairs, RowStrides, accumulate_dtype, load_tile, locate_pairs
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_rows", "sequence_length"])
@@ -51,6 +51,7 @@ class DistancePlan:
             (shape.num_programs, 1, 1),
             shape.num_warps,
             self._arguments,
+            {0: RowArguments.named},
             LAYOUT=rows.layout,
             ONE_BLOCK=shape.block_hidden >= rows.hidden_size,
             BLOCK_P=shape.block_rows,

@@ -27,6 +27,7 @@ from normbt_kernels.ops.launch import cdiv
 from normbt_kernels.ops.launcher import Launch, Plans, kinds
 from normbt_kernels.ops.on_cpu import compute_on_cpu
 from normbt_kernels.ops.pairs import (
+    RowArguments,
     RowPairs,
     RowStrides,
     Vector,
@@ -52,6 +53,10 @@ class ScoreArguments(NamedTuple):
     head_bias: Vector
     margin: Vector
     pair_weight: Vector
+
+    @classmethod
+    def named(cls, scores: tuple) -> "ScoreArguments":
+        return cls(*(Vector(*score) for score in scores))
 
 
 @triton.jit
@@ -366,6 +371,7 @@ class PairLossPlan:
             (shape.num_programs, 1, 1),
             shape.num_warps,
             self._pass_arguments,
+            {0: RowArguments.named, 1: ScoreArguments.named},
             LABEL_SMOOTHING=options.label_smoothing,
             CENTER_COEF=options.center_coef,
             EPS=options.eps,
@@ -387,6 +393,7 @@ class PairLossPlan:
                 (cdiv(max(num_gradients, 1), FINALISED_COLUMNS), 1, 1),
                 8,
                 self._finalise_arguments,
+                {},
                 BETA=mu.ema.beta if self.takes_up else None,
                 MEAN=mean,
                 BLOCK_K=512 // dtype.itemsize,
@@ -402,7 +409,7 @@ class PairLossPlan:
         scores = chosen_rewards, rejected_rewards, head_weight, head_bias, margin, pair_weight
         return (
             self.row_strides.arguments(chosen, rejected, pairs, last_token),
-            ScoreArguments(*map(Vector, scores, self.score_strides)),
+            tuple(zip(scores, self.score_strides, strict=True)),
             mu, num_updates, first_mu, mu_value, loss, gradient, pair_stats, partials, *self.sizes,
         )  # fmt: skip
 
@@ -452,10 +459,10 @@ def run_pair_loss(
 ) -> LossResult:
     """The pass, by the implementation that serves the device of the rows."""
     rows.check_range()
-    device, num_pairs, hidden_size = rows.chosen.device, rows.num_pairs, rows.hidden_size
-    if num_pairs == 0:
+    device = rows.chosen.device
+    if rows.num_pairs == 0:
         memory = {"dtype": scores.accumulate_dtype(rows), "device": device}
-        result = LossResult.allocate(0, hidden_size, options, stats, head_gradient, **memory)
+        result = LossResult.allocate(0, rows.hidden_size, options, stats, head_gradient, **memory)
         for tensor in result:
             if tensor is not None:
                 tensor.zero_()

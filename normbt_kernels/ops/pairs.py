@@ -163,6 +163,10 @@ class RowArguments(NamedTuple):
     last_token: Vector
     pairs: Vector
 
+    @classmethod
+    def named(cls, rows: tuple) -> "RowArguments":
+        return cls(SideArguments(*rows[0]), SideArguments(*rows[1]), Vector(*rows[2]), Vector(*rows[3]))
+
 
 def vector_stride(tensor: Tensor | None) -> int:
     strides = () if tensor is None else tensor.stride()
@@ -181,13 +185,11 @@ class RowStrides:
         strides = hidden.stride()
         return strides[0], strides[1] if len(strides) == 3 else 0, strides[-1]
 
-    def arguments(self, chosen, rejected, pairs, last_token) -> RowArguments:
-        return RowArguments(
-            SideArguments(chosen, *self._chosen),
-            SideArguments(rejected, *self._rejected),
-            Vector(last_token, self._last_token),
-            Vector(pairs, self._pairs),
-        )
+    def arguments(self, chosen, rejected, pairs, last_token) -> tuple:
+        """The parts of `RowArguments`."""
+        return (
+            (chosen, *self._chosen), (rejected, *self._rejected), (last_token, self._last_token), (pairs, self._pairs),
+        )  # fmt: skip
 
 
 @triton.jit

@@ -157,6 +157,7 @@ def compilations(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
     with launches_that_do_nothing():
+        monkeypatch.setattr(autograd, "_passes", Plans())
         for module in (ema, linear_gradient, distances, pair_loss):
             monkeypatch.setattr(module, "_plans", Plans())
             for value in vars(module).values():
@@ -240,7 +241,7 @@ def repeated_launches(compilations, monkeypatch):
         launch(self, tensors, *numbers)
         launched = Compiled.launched
         repeated[self._kernel.__name__] += compilations.total() == compiled
-        arguments = self._arguments(*tensors, *numbers)
+        arguments = self.named(*tensors, *numbers)
         self._kernel[self._grid](*arguments, **self._constants, num_warps=self._num_warps, enable_fp_fusion=True)
         assert launched == Compiled.launched
 
@@ -313,7 +314,10 @@ class OnGPU(torch.Tensor):
     device = property(lambda self: torch.device("cuda", self.index))
 
 
-def test_each_device_has_plans_of_its_own(monkeypatch):
+@pytest.mark.skipif(BACKEND != "torch", reason="the interpreter serves every device")
+@pytest.mark.parametrize("watched", [False, True])
+def test_each_device_has_plans_of_its_own(watched, monkeypatch):
+    pytest.importorskip("triton")
     kinds = []
 
     class Found(Exception):
@@ -323,14 +327,16 @@ def test_each_device_has_plans_of_its_own(monkeypatch):
         kinds.append(kind)
         raise Found
 
-    monkeypatch.setattr(pair_loss._plans, "find", find)
+    monkeypatch.setattr(pair_loss._plans if watched else autograd._passes, "find", find)
     options = loss_options(0.0, 0.0, 1e-6, 100.0, 1.0, "mean")
     for index in (0, 1, 1):
         hidden, weight = torch.randn(4, 8).as_subclass(OnGPU), torch.randn(8).as_subclass(OnGPU)
         hidden.index = weight.index = index
         rows, scores = linear_inputs(hidden, weight, None, "halves", None, None, None)
         with pytest.raises(Found):
-            pair_loss._launch_pair_loss(rows, scores, Mu(value=1.5), options, False, True)
+            if watched:
+                pair_loss._launch_pair_loss(rows, scores, Mu(value=1.5), options, False, True)
+            autograd._passes_of(autograd.Call(rows, scores, Mu(value=1.5), options, False), (False,) * 5)
     assert kinds[0] != kinds[1] == kinds[2]
 
 
@@ -350,8 +356,7 @@ def test_bench_tune_launches_each_shape_that_it_times(phase, plan, num_pairs, mo
     from bench import tune
     from bench.contenders import Case
 
-    module = pair_loss if phase == "forward" else linear_gradient
-    made, make = [], getattr(module, plan)
-    monkeypatch.setattr(module, plan, lambda *arguments: made.append(arguments) or make(*arguments))
+    made, make = [], getattr(autograd, plan)
+    monkeypatch.setattr(autograd, plan, lambda *arguments: made.append(arguments) or make(*arguments))
     times = tune.time_shapes(Case("linear", num_pairs, 16, torch.float32), phase, torch.device("cpu"), 0, 0.01)
     assert len(made) == len(times) > 1
