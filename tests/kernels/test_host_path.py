@@ -333,10 +333,9 @@ def test_each_device_has_plans_of_its_own(watched, monkeypatch):
         hidden, weight = torch.randn(4, 8).as_subclass(OnGPU), torch.randn(8).as_subclass(OnGPU)
         hidden.index = weight.index = index
         rows, scores = linear_inputs(hidden, weight, None, "halves", None, None, None)
+        call = autograd.Call(rows, scores, Mu(value=1.5), options, False)
         with pytest.raises(Found):
-            if watched:
-                pair_loss._launch_pair_loss(rows, scores, Mu(value=1.5), options, False, True)
-            autograd._passes_of(autograd.Call(rows, scores, Mu(value=1.5), options, False), (False,) * 5)
+            pair_loss._launch_pair_loss(*call, True) if watched else autograd._passes_of(call, (False,) * 5)
     assert kinds[0] != kinds[1] == kinds[2]
 
 
