@@ -309,11 +309,15 @@ def _numpy_weighs(device: torch.device) -> bool:
 
 
 def pair_weights(rows: RowPairs, mu: Mu, options: LossOptions) -> Tensor:
-    """The weights (P,) of pairs whose loss is computed elsewhere; constants, and `mu` takes up their distances."""
-    device, dtype = rows.chosen.device, accumulate_dtype(rows.chosen, rows.rejected)
-    if _numpy_weighs(device) and rows.num_pairs > 0 and not is_watched((rows.chosen, rows.rejected)):
+    """The weights (P,) of pairs whose loss is computed elsewhere; `mu` takes up their distances. All are constants."""
+    hidden, dtype, watched = rows.chosen, accumulate_dtype(*rows[:2]), is_watched(rows[:2])
+    if not watched and rows.num_pairs > 0 and _numpy_weighs(hidden.device):
         return weights_on_cpu(rows, mu, options, dtype)
     # The pass over the pairs makes them, in two launches, beside a loss of any rewards that nobody asks for.
-    reward = rows.chosen.new_empty(rows.num_pairs, dtype=dtype)
+    reward = hidden.new_empty(rows.num_pairs, dtype=dtype)
     scores = Scores(reward, reward, None, None, None, None)
-    return pair_loss(rows, scores, mu, options, stats=True).pair_stats[WEIGHT]
+    if watched:
+        result = pair_loss(rows, scores, mu, options, stats=True)
+    else:
+        result = run_pair_loss(rows, scores, mu, options, stats=True, head_gradient=False)
+    return result.pair_stats[WEIGHT]

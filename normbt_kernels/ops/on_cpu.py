@@ -92,9 +92,10 @@ def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
 
 def _weights(distance: ndarray, mu: Mu, options: LossOptions) -> ndarray:
     state = None if mu.ema is None else mu.ema.arrays()
-    weight = _weigh(distance, _average(mu, state), options)
+    distance_sum = total_of(distance).item()
+    weight = _weigh(distance, distance_sum, _average(mu, state), options)
     if state is not None and state.pending is not None:
-        _take_up(distance, state, mu.ema.beta)
+        _take_up(distance_sum, len(distance), state, mu.ema.beta)
     return weight
 
 
@@ -105,25 +106,25 @@ def _average(mu: Mu, state: Arrays | None) -> float | None:
     return mu.value if mu.tensor is None else mu.tensor.item()
 
 
-def _take_up(distance: ndarray, state: Arrays, beta: float | None) -> None:
-    distance_sum, pair_count = state.pending.tolist()
+def _take_up(distance_sum: float, num_pairs: int, state: Arrays, beta: float | None) -> None:
+    pending_sum, pair_count = state.pending.tolist()
     if beta is not None and pair_count > 0:
         state.pending[:] = 0
-    distance_sum += total_of(distance).item()
-    pair_count += len(distance)
+    distance_sum += pending_sum
+    pair_count += num_pairs
     if beta is None:
         state.pending[:] = distance_sum, pair_count
     else:
         move_mu_on_cpu(state, beta, distance_sum, pair_count)
 
 
-def _weigh(distance: ndarray, mu: float | None, options: LossOptions) -> ndarray:
+def _weigh(distance: ndarray, distance_sum: float, mu: float | None, options: LossOptions) -> ndarray:
     if mu is None:
         return numpy.ones_like(distance)
     weight = mu / (distance + options.eps)
     if options.power != 1:
         weight **= options.power
-    if options.power != 0 and not total_of(distance) < INFINITY:
+    if options.power != 0 and not distance_sum < INFINITY:
         weight += 0 * distance  # NaN where it is infinite, as in the kernels
     return weight if options.max_weight is None else numpy.minimum(weight, options.max_weight)
 
@@ -169,7 +170,7 @@ def _compute_block(
     if smoothing != 0:
         bt_loss = (1 - smoothing) * bt_loss + smoothing * numpy.logaddexp(0.0, z)
         gradient += smoothing
-    weight = pair_weight = _weigh(distance, mu, options)
+    weight = pair_weight = _weigh(distance, total_of(distance), mu, options)
     if scores.pair_weight is not None:
         pair_weight = weight * _vector(scores.pair_weight, dtype)
     loss = bt_loss * pair_weight
@@ -226,7 +227,7 @@ def compute_on_cpu(
         of_batch = distance, pairs.bt_loss, pairs.difference > 0
         batch_stats = _tensor([total_of(values) / num_pairs for values in of_batch], number)
     if state is not None and state.pending is not None:
-        _take_up(distance, state, mu.ema.beta)
+        _take_up(total_of(distance).item(), num_pairs, state, mu.ema.beta)
     gradient = numpy.empty((2, num_pairs), number)
     gradient[0], gradient[1] = pairs.chosen_gradient, pairs.rejected_gradient
     return LossResult(
