@@ -252,10 +252,10 @@ class DistanceEMA(nn.Module):
             first_mean = self._first_mean
             if first_mean is None:
                 first_mean = self._mean_of([measure_distances(rows)], group)
-        moves_now = self.training and not self.per_step and group is None
-        pending = self.pending if self.training else None
+        pending = beta = None
+        if self.training:
+            pending, beta = self.pending, None if self.per_step or group is not None else self.beta
         # The device decides which mu weighs: the buffers may have been filled by hand.
-        beta = self.beta if moves_now else None
         return Mu(None, first_mean, EMA(mu, num_updates, pending, beta, self._arrays)), group
 
     def _end(self, rows: RowPairs, group: dist.ProcessGroup | None) -> None:

@@ -8,10 +8,11 @@ two to four times `MAX_ELEMENTS` these operators take 1.0 to 3.2 times as long a
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from normbt_kernels.ops.backend import uses_kernels
 from normbt_kernels.ops.on_cpu import weights_of_differences
-from normbt_kernels.ops.pairs import RowPairs, cast
+from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype
 from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 CPU = torch.device("cpu")
@@ -36,28 +37,32 @@ def serves(rows: RowPairs, options: LossOptions, stats: bool) -> bool:
 
 def few_pairs_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions) -> LossResult:
     """The loss, which autograd differentiates."""
-    dtype = scores.accumulate_dtype(rows)
-    hidden = cast(rows.chosen, dtype)
+    dtype = accumulate_dtype(rows.chosen, rows.rejected, *scores[:4])
+    rejected = rows.rejected if rows.layout == "apart" else None  # one tensor has both
+    chosen, rejected, *of_scores = _in(dtype, rows.chosen, rejected, *scores)
+    chosen_rewards, rejected_rewards, head_weight, head_bias, margin, pair_weight = of_scores
     if rows.layout == "halves":
-        chosen, rejected = hidden.chunk(2)
+        chosen, rejected = chosen.chunk(2)
     elif rows.layout == "interleaved":
-        chosen, rejected = hidden.unflatten(0, (-1, 2)).unbind(1)
-    else:
-        chosen, rejected = hidden, cast(rows.rejected, dtype)
+        chosen, rejected = chosen.unflatten(0, (-1, 2)).unbind(1)
     delta = (chosen - rejected).contiguous()  # rows of other strides would have other bits
-    if scores.head_weight is None:
-        z = cast(scores.chosen_rewards, dtype) - cast(scores.rejected_rewards, dtype)
+    if head_weight is None:
+        z = chosen_rewards - rejected_rewards
     else:
-        z = torch.mv(delta, cast(scores.head_weight, dtype))
-        if scores.head_bias is not None:
-            z = z + cast(scores.head_bias - scores.head_bias, dtype)  # its gradient is 0, and not None
-    if scores.margin is not None:
-        z = z - cast(scores.margin, dtype)
+        z = torch.mv(delta, head_weight)
+        if head_bias is not None:
+            z = z + (head_bias - head_bias)  # its gradient is 0, and not None
+    if margin is not None:
+        z = z - margin
     scale = -1 / delta.shape[0] if options.reduction == "mean" else -1.0
     coefficient = weights_of_differences(delta, mu, options, scale)
-    if scores.pair_weight is not None:
-        coefficient = coefficient * cast(scores.pair_weight, dtype)
+    if pair_weight is not None:
+        coefficient = coefficient * pair_weight
     log_likelihood = F.logsigmoid(z)
     per_pair = options.reduction == "none"
     loss = coefficient * log_likelihood if per_pair else torch.dot(coefficient, log_likelihood)
     return LossResult(loss, None, None, None, None)
+
+
+def _in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
