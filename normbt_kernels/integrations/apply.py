@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from normbt_kernels.checks import LAYOUTS, row_pairs
 from normbt_kernels.integrations.head import NUM_CHECKED, ModelInputs, each_at, find_head
@@ -147,7 +148,7 @@ class PairWeights(DistanceEMA):
     def _after_head(self, head: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], logits: Tensor) -> None:
         inputs = self._inputs.take()
         if self.training:
-            weigh = self._weigh_outside_graph if torch.compiler.is_compiling() else self._weigh
+            weigh = self._weigh_outside_graph if is_dynamo_compiling() else self._weigh
             weigh(head, args[0] if args else kwargs["input"], inputs, logits)
 
     def _weigh(self, head: nn.Module, hidden: Tensor, inputs: Mapping[str, Any], logits: Tensor) -> None:
@@ -182,21 +183,24 @@ class PairWeights(DistanceEMA):
 
     def _score_pairs(self, hidden: Tensor, token: Tensor | None, logits: Tensor) -> Scale:
         """Weighs the batch, and returns the function through which the gradient of its logits goes."""
-        weight, pooled = self.weigh(row_pairs(hidden, self.layout, token)), _pooled(token)
-        checks = self._backwards_to_check > 0
-        reward_sum = self._sides(_at(pooled, logits.detach())).sum(dim=0) if checks else None
+        weight = self.weigh(row_pairs(hidden, self.layout, token))
+        pooled = None if token is None else each_at(token)
+        reward_sum = self._sides(_at(pooled, logits.detach())).sum(dim=0) if self._backwards_to_check > 0 else None
         return partial(self._scale_pairs, weight, pooled, reward_sum)
 
     def _scale_pairs(self, weight: Tensor, pooled: Index, reward_sum: Tensor | None, gradient: Tensor) -> Tensor:
         """From `gradient`, that of the logits under BT, the one under NormBT: same dtype, computed in fp32 or wider."""
-        _refuse_second_backward()
-        dtype = torch.promote_types(gradient.dtype, weight.dtype)
-        sides = cast(self._sides(_at(pooled, gradient)), dtype)
-        if self._backwards_to_check > 0 and reward_sum is not None:
+        if torch.is_grad_enabled():
+            _refuse_second_backward()
+        sides = self._sides(_at(pooled, gradient))
+        if gradient.dtype != weight.dtype:
+            dtype = torch.promote_types(gradient.dtype, weight.dtype)
+            sides, weight = sides.to(dtype), weight.to(dtype)
+        if reward_sum is not None and self._backwards_to_check > 0:
             self._check_tokens(pooled, gradient)
-            self._check_pairs(*sides, reward_sum.to(dtype), gradient.dtype)
+            self._check_pairs(*sides, reward_sum.to(sides.dtype), gradient.dtype)
         # How far a side is from the mean of both, (g_c - g_r)/2, times w; lerp keeps the digits of a small w.
-        sides = torch.lerp(sides.mean(dim=0), sides, cast(weight, dtype))
+        sides = torch.lerp(sides.mean(dim=0), sides, weight)
         return _replaced(gradient, pooled, sides if self.layout == "halves" else sides.T)
 
     def _sides(self, column: Tensor) -> Tensor:
@@ -206,7 +210,7 @@ class PairWeights(DistanceEMA):
     # --- chosen and rejected apart ---
 
     def _score_apart(self, hidden: Tensor, token: Tensor | None, logits: Tensor) -> Scale:
-        pooled = _pooled(token)
+        pooled = None if token is None else each_at(token)
         rows, batch = _at(pooled, hidden), self._chosen
         if batch is None:
             batch = self._chosen = Apart(rows)
@@ -222,7 +226,8 @@ class PairWeights(DistanceEMA):
 
     def _scale_apart(self, batch: Apart, pooled: Index, gradient: Tensor) -> Tensor:
         """The gradient of one side under NormBT: that under BT times the weight, as there is no centering term."""
-        _refuse_second_backward()
+        if torch.is_grad_enabled():
+            _refuse_second_backward()
         if batch.weight is None:
             raise ValueError("layout='apart': a backward came before the forward on the rejected sequences")
         dtype = torch.promote_types(gradient.dtype, batch.weight.dtype)
@@ -300,10 +305,6 @@ class Apart:
     gradient: Tensor | None = None  # (P,) of the side whose backward came first
 
 
-def _pooled(token: Tensor | None) -> Index:
-    return None if token is None else each_at(token)
-
-
 def _at(pooled: Index, values: Tensor) -> Tensor:
     return values if pooled is None else values[pooled]
 
@@ -326,8 +327,7 @@ def _refuse_reentrant_checkpoint(gradient: Tensor) -> None:
 
 
 def _refuse_second_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "NormBT weighs the gradients of a loss, and cannot be differentiated twice (backward ran with "
-            "create_graph=True)"
-        )
+    raise RuntimeError(
+        "NormBT weighs the gradients of a loss, and cannot be differentiated twice (backward ran with "
+        "create_graph=True)"
+    )

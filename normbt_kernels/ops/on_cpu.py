@@ -85,7 +85,7 @@ def weights_of_differences(delta: Tensor, mu: Mu, options: LossOptions, scale: f
 
 
 def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
-    if rows.num_pairs * rows.hidden_size <= CACHE_ELEMENTS:  # a single block
+    if rows.pairs is None and rows.chosen.numel() <= CACHE_ELEMENTS:  # a single block
         return _norms(_subtract(*_gather(rows, dtype)))
     return numpy.concatenate([_norms(_subtract(*_gather(block, dtype))) for _, block in rows.blocks()])
 
