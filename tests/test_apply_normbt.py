@@ -71,7 +71,9 @@ def test_gradient_is_scaled_in_fp32_and_rounded_once(dtype, layout, far):
     head, rows = nn.Linear(8, 1).to(dtype), torch.randn(6, 8).to(dtype)
     apply_normbt(head, layout)
     head(rows).sum().mul(0).backward()
+    wide = torch.promote_types(dtype, torch.float32)
     mu = mu_of(head)[0].clone()
+    torch.testing.assert_close(mu, reference.pair_distance(rows.to(wide), layout).mean().float())
     logits = head(rows * far)
     pairs = reference.pair_rows(6, layout)
     bt, reward_sum = torch.tensor([0.4, -0.3, 0.7]), logits.detach()[torch.stack(pairs), 0].sum(dim=0)
@@ -80,7 +82,6 @@ def test_gradient_is_scaled_in_fp32_and_rounded_once(dtype, layout, far):
         plain[i, 0] = (sign * bt + 0.1 / far * reward_sum).to(dtype)  # with a centering term
     (received,) = torch.autograd.grad(logits, logits, plain)
 
-    wide = torch.promote_types(dtype, torch.float32)
     w = reference.normbt_weight(reference.pair_distance((rows * far).to(wide), layout), mu)
     chosen, rejected = (plain[i, 0].to(wide) for i in pairs)
     expected = plain.clone()
