@@ -304,10 +304,14 @@ def pair_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions, stat
         return passes.forward(call)
 
 
+def _numpy_weighs(device: torch.device) -> bool:
+    return device.type == "cpu" and not uses_kernels(device)
+
+
 def pair_weights(rows: RowPairs, mu: Mu, options: LossOptions) -> Tensor:
     """The weights (P,) of pairs whose loss is computed elsewhere; `mu` takes up their distances. All are constants."""
     hidden, dtype, watched = rows.chosen, accumulate_dtype(*rows[:2]), is_watched(rows[:2])
-    if not watched and rows.num_pairs > 0 and hidden.is_cpu and not uses_kernels(few_pairs.CPU):
+    if not watched and rows.num_pairs > 0 and _numpy_weighs(hidden.device):
         return weights_on_cpu(rows, mu, options, dtype)
     # The pass over the pairs makes them, in two launches, beside a loss of any rewards that nobody asks for.
     reward = torch.empty(rows.num_pairs, dtype=dtype, device=hidden.device)
