@@ -200,12 +200,12 @@ def _differentiable(passes: Passes, call: Call, inputs: tuple[Tensor | None, ...
 def _autograd(run: Callable, *arguments) -> LossResult:
     """The operator's Autograd kernel. Of nested transforms, an inner one may ask an outer one for `head_gradient`."""
     given = Arguments(*arguments)
-    call = given.call
+    call, asked_for = given.call, given.head_gradient
     inputs = call.differentiable
     needs = _needs_gradients(inputs)
 
     def run_call(call: Call, head_gradient: bool) -> LossResult:
-        return LossResult(*run(*Arguments.of(call, head_gradient or given.head_gradient)))
+        return LossResult(*run(*Arguments.of(call, head_gradient or asked_for)))
 
     return _differentiable(Passes(call, needs, run_call), call, inputs) if True in needs else run_call(call, False)
 

@@ -250,7 +250,7 @@ class GradientPlan:
                 PER_PAIR=per_pair, BLOCK_N=16, BLOCK_K=16, ACC=acc,
             )  # fmt: skip
         if needs_head and per_pair:
-            rows = layout.rows(hidden)
+            rows = layout.rows(hidden).for_kernels()
             shape = rows.launch_shape(dtype)
             num_partials = shape.num_programs
             self.sum_head = Launch(

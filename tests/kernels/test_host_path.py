@@ -2,7 +2,9 @@
 nothing anew."""
 
 import random
+import weakref
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 
@@ -109,6 +111,19 @@ def test_both_ways_give_the_same_bits():
         gradients = torch.autograd.grad(loss, list(inputs.values()))
     result = ours(case)
     assert_same_bits([loss.detach(), *gradients], [result.loss, *result.gradients.values()])
+
+
+@pytest.mark.parametrize("watching", [nullcontext, Watching])
+@pytest.mark.parametrize("num_pairs", [2, 600])  # of which numpy serves the latter
+def test_a_loss_keeps_no_rows_alive(watching, num_pairs):
+    case = linear_case(num_pairs, 300, torch.float32)
+    hidden = case.inputs["hidden"].clone().requires_grad_() * 1  # a leaf would be kept for its gradient
+    rows = weakref.ref(hidden)
+    with watching():
+        loss = OURS["linear"](hidden, case.inputs["weight"], 1.5)
+    del hidden
+    assert loss.requires_grad
+    assert rows() is None
 
 
 # --- compilations ------------------------------------------------------------------------------------------------
