@@ -77,14 +77,13 @@ def reward_inputs(
 ) -> tuple[RowPairs, Scores]:  # fmt: skip
     """The checked tensors of the reward form."""
     _check_hidden("chosen_hidden", chosen_hidden, 2)
-    _check_hidden("rejected_hidden", rejected_hidden, 2)
+    num_pairs, device = chosen_hidden.shape[0], chosen_hidden.device
+    _check_hidden("rejected_hidden", rejected_hidden, 2, device=device)
     if chosen_hidden.shape != rejected_hidden.shape:
         raise ValueError(
             "chosen_hidden and rejected_hidden must have one shape (P, H), "
             f"got {tuple(chosen_hidden.shape)} and {tuple(rejected_hidden.shape)}"
         )
-    num_pairs, device = chosen_hidden.shape[0], chosen_hidden.device
-    _check_device("rejected_hidden", rejected_hidden, device)
     rows = RowPairs(chosen_hidden, rejected_hidden, None, None, "apart")
     return rows, Scores(
         _rewards("chosen_rewards", chosen_rewards, num_pairs, device),
@@ -103,19 +102,17 @@ def linear_inputs(
     """The checked tensors of the linear form."""
     rows = row_pairs(hidden, pairs, last_token)
     device = hidden.device
-    _check_floating("weight", weight)
+    _check_floating("weight", weight, device)
     hidden_size, shape = hidden.shape[-1], weight.shape
     if len(shape) not in (1, 2) or shape[-1] != hidden_size or (len(shape) == 2 and shape[0] != 1):
         raise ValueError(
             f"weight must be (H,) or (1, H) with H = {hidden_size} as in hidden {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    _check_device("weight", weight, device)
     if bias is not None:
-        _check_floating("bias", bias)
+        _check_floating("bias", bias, device)
         if bias.numel() != 1 or bias.dim() > 1:
             raise ValueError(f"bias must be () or (1,), got {tuple(bias.shape)}")
-        _check_device("bias", bias, device)
         bias = bias if bias.dim() == 0 else bias.reshape(())
     return rows, Scores(
         None,
@@ -162,11 +159,14 @@ def _is_number(value) -> bool:
     return isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
+def _check_floating(name: str, tensor: Tensor, device: torch.device | None = None) -> None:
+    """On that device, if one is given."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        _check_device(name, tensor, device)
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -174,8 +174,8 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device}, but the hidden states are on {device}")
 
 
-def _check_hidden(name: str, hidden: Tensor, dims: int, suffix: str = "") -> None:
-    _check_floating(name, hidden)
+def _check_hidden(name: str, hidden: Tensor, dims: int, suffix: str = "", device: torch.device | None = None) -> None:
+    _check_floating(name, hidden, device)
     if hidden.dim() != dims:
         expected = "(rows, H)" if dims == 2 else "(N, S, H)"
         raise ValueError(f"{name} must be {expected}{suffix}, got {tuple(hidden.shape)}")
@@ -196,10 +196,9 @@ def _check_last_token(last_token: Tensor, hidden: Tensor) -> None:
 
 
 def _rewards(name: str, rewards: Tensor, num_pairs: int, device: torch.device) -> Tensor:
-    _check_floating(name, rewards)
+    _check_floating(name, rewards, device)
     if not _is_vector(rewards, num_pairs):
         raise ValueError(f"{name} must be (P,) or (P, 1) with P = {num_pairs} pairs, got {tuple(rewards.shape)}")
-    _check_device(name, rewards, device)
     return rewards if rewards.dim() == 1 else rewards.reshape(num_pairs)
 
 

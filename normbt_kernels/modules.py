@@ -103,12 +103,16 @@ class DistanceEMA(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self._exact_mu = self._buffers["mu"].detach()
+        self._keep_exact(self._buffers["mu"])
         self._arrays = ArrayCache()
         # What the host knows without asking the device.
         self._first_step_began = self.first_step_ended = False
         self._first_mean: Tensor | None = None
         self._forwards_before_first_step = 0
+
+    def _keep_exact(self, mu: Tensor) -> None:
+        self._exact_mu = mu.detach()
+        self._exact_address = mu.data_ptr() if type(mu) is Tensor else 0
 
     def reset_parameters(self) -> None:
         """Forgets mu and the pending sums, like a new module."""
@@ -186,9 +190,9 @@ class DistanceEMA(nn.Module):
         mu = self._buffers["mu"]
         if mu.dtype != torch.float32:  # FSDP1's MixedPrecision(buffer_dtype=...) casts without `_apply`
             mu.data = self._exact_mu.to(mu.device)
-        # nn.Module's own way to set it takes a few us of every step, and so does `detach`.
-        if not is_dynamo_compiling() and _lies_elsewhere(mu, self._exact_mu):
-            vars(self)["_exact_mu"] = mu.detach()
+        # Only where it lies elsewhere: `detach` takes a few us of every step. What is fake has no address.
+        if not is_dynamo_compiling() and type(mu) is Tensor and mu.data_ptr() != self._exact_address:
+            self._keep_exact(mu)
         if self.pending.device != mu.device:  # FSDP moves buffers without `_apply`
             self.pending = _moved(self.pending, mu.device)
         if self._reduction is not None:
@@ -307,7 +311,7 @@ class DistanceEMA(nn.Module):
         device = self._buffers["mu"].device
         self._buffers.update({name: _moved(value, device) for name, value in state.items()})
         self.pending = _moved(self.pending, device)
-        self._exact_mu = self._buffers["mu"].detach()
+        self._keep_exact(self._buffers["mu"])
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -354,11 +358,6 @@ class DistanceEMA(nn.Module):
 def inside_backward() -> bool:
     """Whether autograd runs this code, as when an activation checkpoint repeats a forward."""
     return not is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _lies_elsewhere(tensor: Tensor, other: Tensor) -> bool:
-    # What is fake lies nowhere.
-    return type(tensor) is Tensor and (type(other) is not Tensor or tensor.data_ptr() != other.data_ptr())
 
 
 def _moved(state: Tensor, device: torch.device) -> Tensor:

@@ -31,22 +31,11 @@ class ArrayCache:
     """The arrays of one EMA, as long as its buffers stay where they are: to ask PyTorch takes 5 us for each of them."""
 
     def __init__(self) -> None:
-        self._addresses: tuple[int, ...] = ()
-        self._arrays: Arrays | None = None
-
-    def of(self, mu: Tensor, num_updates: Tensor, pending: Tensor | None) -> Arrays:
-        addresses = mu.data_ptr(), num_updates.data_ptr(), 0 if pending is None else pending.data_ptr()
-        if addresses != self._addresses:
-            self._arrays = arrays_of(mu, num_updates, pending)
-            self._addresses = addresses
-        return self._arrays
+        self.addresses: tuple[int, ...] = ()
+        self.arrays: Arrays | None = None
 
     def __reduce__(self):
         return ArrayCache, ()  # a copy of a module has other buffers
-
-
-def arrays_of(mu: Tensor, num_updates: Tensor, pending: Tensor | None) -> Arrays:
-    return Arrays(mu.numpy(), num_updates.numpy(), None if pending is None else pending.numpy())
 
 
 class EMA(NamedTuple):
@@ -61,8 +50,14 @@ class EMA(NamedTuple):
 
     def arrays(self) -> Arrays:
         """Of buffers on the CPU."""
-        of = arrays_of if self.cache is None else self.cache.of
-        return of(self.mu, self.num_updates, self.pending)
+        mu, num_updates, pending, _, cache = self
+        addresses = mu.data_ptr(), num_updates.data_ptr(), 0 if pending is None else pending.data_ptr()
+        if cache is not None and cache.addresses == addresses:
+            return cache.arrays
+        arrays = Arrays(mu.numpy(), num_updates.numpy(), None if pending is None else pending.numpy())
+        if cache is not None:
+            cache.arrays, cache.addresses = arrays, addresses
+        return arrays
 
 
 @triton.jit
@@ -127,7 +122,7 @@ def move_mu_on_cpu(state: Arrays, beta: float, distance_sum: float, pair_count: 
 
 
 def move_by_pending_on_cpu(mu: Tensor, num_updates: Tensor, pending: Tensor, beta: float) -> None:
-    state = arrays_of(mu, num_updates, pending)
+    state = EMA(mu, num_updates, pending, beta).arrays()
     move_mu_on_cpu(state, beta, *state.pending.tolist())
     state.pending[:] = 0
 
