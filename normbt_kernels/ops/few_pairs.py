@@ -1,9 +1,10 @@
-"""Few pairs on the CPU: operators of PyTorch make the loss, and numpy its weights. Autograd differentiates it in C++.
+"""Few pairs on the CPU: operators of PyTorch make the loss, plain numbers its weights, and autograd differentiates it.
 
     d = v . (h_c - h_r) or r_c - r_r,    loss = sum_p c_p log sigmoid(d_p - margin_p),    c = -w q / P
 
 A `Function` written in Python costs as much as all of this. But of many rows autograd makes copies, which cost more: at
-two to four times `MAX_ELEMENTS` these operators take 1.0 to 3.2 times as long as eager NormBT (bench/NOTES.md).
+two to four times `MAX_ELEMENTS` these operators take 1.0 to 3.2 times as long as eager NormBT. And of many pairs numpy
+makes the weights faster (bench/NOTES.md).
 """
 
 import torch
@@ -17,22 +18,38 @@ from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 CPU = torch.device("cpu")
 MAX_ELEMENTS = 131072  # of each side
+MAX_PAIRS = 256
 
 
-def serves(rows: RowPairs, options: LossOptions, stats: bool) -> bool:
-    """Whether the loss of these pairs is made here."""
-    hidden = rows.chosen
+def are_few(rows: RowPairs) -> bool:
+    """Whether their weights are made here."""
+    hidden, sides = rows.chosen, 1 if rows.layout == "apart" else 2
     return (
         hidden.is_cpu
         and not uses_kernels(CPU)
         and hidden.dim() == 2
-        and 0 < hidden.numel() <= (MAX_ELEMENTS if rows.layout == "apart" else 2 * MAX_ELEMENTS)
+        and 0 < hidden.numel() <= sides * MAX_ELEMENTS
+        and hidden.shape[0] <= sides * MAX_PAIRS
         and rows.layout != "explicit"
-        and not stats
+    )
+
+
+def serves(rows: RowPairs, options: LossOptions, stats: bool) -> bool:
+    """Whether the loss of these pairs is made here."""
+    return (
+        not stats
+        and are_few(rows)
         and options.center_coef == 0
         and options.label_smoothing == 0
         and not torch.is_autocast_enabled("cpu")  # it would round `mv` to 16 bits
     )
+
+
+def few_pairs_weights(rows: RowPairs, mu: Mu, options: LossOptions) -> Tensor:
+    """The weights (P,) alone."""
+    dtype = accumulate_dtype(rows.chosen, rows.rejected)
+    rejected = rows.rejected if rows.layout == "apart" else None
+    return weights_of_differences(_differences(rows.layout, *_in(dtype, rows.chosen, rejected)), mu, options, 1.0)
 
 
 def few_pairs_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions) -> LossResult:
@@ -41,11 +58,7 @@ def few_pairs_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions)
     rejected = rows.rejected if rows.layout == "apart" else None  # one tensor has both
     chosen, rejected, *of_scores = _in(dtype, rows.chosen, rejected, *scores)
     chosen_rewards, rejected_rewards, head_weight, head_bias, margin, pair_weight = of_scores
-    if rows.layout == "halves":
-        chosen, rejected = chosen.chunk(2)
-    elif rows.layout == "interleaved":
-        chosen, rejected = chosen.unflatten(0, (-1, 2)).unbind(1)
-    delta = (chosen - rejected).contiguous()  # rows of other strides would have other bits
+    delta = _differences(rows.layout, chosen, rejected)
     if head_weight is None:
         z = chosen_rewards - rejected_rewards
     else:
@@ -62,6 +75,15 @@ def few_pairs_loss(rows: RowPairs, scores: Scores, mu: Mu, options: LossOptions)
     per_pair = options.reduction == "none"
     loss = coefficient * log_likelihood if per_pair else torch.dot(coefficient, log_likelihood)
     return LossResult(loss, None, None, None, None)
+
+
+def _differences(layout: str, chosen: Tensor, rejected: Tensor | None) -> Tensor:
+    """h_c - h_r (P, H), contiguous: rows of other strides would have other bits."""
+    if layout == "halves":
+        chosen, rejected = chosen.chunk(2)
+    elif layout == "interleaved":
+        chosen, rejected = chosen.unflatten(0, (-1, 2)).unbind(1)
+    return (chosen - rejected).contiguous()
 
 
 def _in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:

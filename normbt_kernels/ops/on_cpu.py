@@ -73,15 +73,15 @@ def distances_on_cpu(rows: RowPairs, dtype: torch.dtype) -> Tensor:
 @in_silence
 def weights_on_cpu(rows: RowPairs, mu: Mu, options: LossOptions, dtype: torch.dtype) -> Tensor:
     """w (P,) of P >= 1 pairs, whose distances `mu` takes up."""
-    return _tensor(_weights(_distances(rows, dtype), mu, options), DTYPES[dtype])
+    distance = _distances(rows, dtype)
+    return _tensor(_weights(distance, total_of(distance).item(), mu, options), DTYPES[dtype])
 
 
-@in_silence
 def weights_of_differences(delta: Tensor, mu: Mu, options: LossOptions, scale: float) -> Tensor:
     """The same, times `scale`, of pairs with the differences `delta` (P, H), contiguous."""
-    weight = _weights(_norms(delta.detach().numpy()), mu, options)
-    weight *= scale
-    return torch.from_numpy(weight.astype(DTYPES[delta.dtype]))
+    distance = torch.linalg.vector_norm(delta.detach(), dim=1).tolist()
+    weight = _weights(distance, sum(distance), mu, options)
+    return _tensor([scale * w for w in weight], DTYPES[delta.dtype])
 
 
 def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
@@ -90,10 +90,12 @@ def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
     return numpy.concatenate([_norms(_subtract(*_gather(block, dtype))) for _, block in rows.blocks()])
 
 
-def _weights(distance: ndarray, mu: Mu, options: LossOptions) -> ndarray:
+def _weights(
+    distance: ndarray | list[float], distance_sum: float, mu: Mu, options: LossOptions
+) -> ndarray | list[float]:
     state = None if mu.ema is None else mu.ema.arrays()
-    distance_sum = total_of(distance).item()
-    weight = _weigh(distance, distance_sum, _average(mu, state), options)
+    weigh = _weigh_few if isinstance(distance, list) else _weigh
+    weight = weigh(distance, distance_sum, _average(mu, state), options)
     if state is not None and state.pending is not None:
         _take_up(distance_sum, len(distance), state, mu.ema.beta)
     return weight
@@ -127,6 +129,17 @@ def _weigh(distance: ndarray, distance_sum: float, mu: float | None, options: Lo
     if options.power != 0 and not distance_sum < INFINITY:
         weight += 0 * distance  # NaN where it is infinite, as in the kernels
     return weight if options.max_weight is None else numpy.minimum(weight, options.max_weight)
+
+
+def _weigh_few(distance: list[float], distance_sum: float, mu: float | None, options: LossOptions) -> list[float]:
+    """The same in Python's own arithmetic: a call of numpy that is not in the cache takes as long as 40 divisions."""
+    eps, max_weight = options.eps, options.max_weight
+    if mu is None or max_weight is None or options.power != 1 or eps == 0 or not distance_sum < INFINITY:
+        return _weigh_in_silence(numpy.array(distance), distance_sum, mu, options).tolist()
+    return [min(mu / (rho + eps), max_weight) for rho in distance]
+
+
+_weigh_in_silence = in_silence(_weigh)
 
 
 class _Pairs(NamedTuple):
