@@ -13,7 +13,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from normbt_kernels.ops.ema import Arrays, move_mu_on_cpu
+from normbt_kernels.ops.ema import EMA, move_mu_on_cpu
 from normbt_kernels.ops.pairs import CACHE_ELEMENTS, RowPairs, cast
 from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
@@ -74,14 +74,28 @@ def distances_on_cpu(rows: RowPairs, dtype: torch.dtype) -> Tensor:
 def weights_on_cpu(rows: RowPairs, mu: Mu, options: LossOptions, dtype: torch.dtype) -> Tensor:
     """w (P,) of P >= 1 pairs, whose distances `mu` takes up."""
     distance = _distances(rows, dtype)
-    return _tensor(_weights(distance, total_of(distance).item(), mu, options), DTYPES[dtype])
+    distance_sum = total_of(distance).item()
+    weight = _weigh(distance, distance_sum, _average(mu), options)
+    if mu.takes_up_distances:
+        _take_up(distance_sum, len(distance), mu.ema)
+    return _tensor(weight, DTYPES[dtype])
 
 
 def weights_of_differences(delta: Tensor, mu: Mu, options: LossOptions, scale: float) -> Tensor:
-    """The same, times `scale`, of pairs with the differences `delta` (P, H), contiguous."""
+    """The same, times `scale`, of few pairs with the differences `delta` (P, H), contiguous.
+
+    In Python's own arithmetic: a call of numpy that has left the cache takes as long as 40 divisions.
+    """
     distance = torch.linalg.vector_norm(delta.detach(), dim=1).tolist()
-    weight = _weights(distance, sum(distance), mu, options)
-    return _tensor([scale * w for w in weight], DTYPES[delta.dtype])
+    distance_sum, average = sum(distance), _average(mu)
+    eps, max_weight = options.eps, options.max_weight
+    if average is None or max_weight is None or options.power != 1 or eps == 0 or not distance_sum < INFINITY:
+        weight = scale * in_silence(_weigh)(numpy.array(distance), distance_sum, average, options)
+    else:
+        weight = [scale * (max_weight if (w := average / (rho + eps)) > max_weight else w) for rho in distance]
+    if mu.takes_up_distances:
+        _take_up(distance_sum, len(distance), mu.ema)
+    return _tensor(weight, DTYPES[delta.dtype])
 
 
 def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
@@ -90,34 +104,26 @@ def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
     return numpy.concatenate([_norms(_subtract(*_gather(block, dtype))) for _, block in rows.blocks()])
 
 
-def _weights(
-    distance: ndarray | list[float], distance_sum: float, mu: Mu, options: LossOptions
-) -> ndarray | list[float]:
-    state = None if mu.ema is None else mu.ema.arrays()
-    weigh = _weigh_few if isinstance(distance, list) else _weigh
-    weight = weigh(distance, distance_sum, _average(mu, state), options)
-    if state is not None and state.pending is not None:
-        _take_up(distance_sum, len(distance), state, mu.ema.beta)
-    return weight
-
-
-def _average(mu: Mu, state: Arrays | None) -> float | None:
+def _average(mu: Mu) -> float | None:
     """What weighs the pairs; None if each weighs 1."""
-    if state is not None and state.num_updates.item() > 0:
-        return state.mu.item()
+    if mu.ema is not None:
+        state = mu.ema.arrays()
+        if state.num_updates.item() > 0:
+            return state.mu.item()
     return mu.value if mu.tensor is None else mu.tensor.item()
 
 
-def _take_up(distance_sum: float, num_pairs: int, state: Arrays, beta: float | None) -> None:
+def _take_up(distance_sum: float, num_pairs: int, ema: EMA) -> None:
+    state = ema.arrays()
     pending_sum, pair_count = state.pending.tolist()
-    if beta is not None and pair_count > 0:
+    if ema.beta is not None and pair_count > 0:
         state.pending[:] = 0
     distance_sum += pending_sum
     pair_count += num_pairs
-    if beta is None:
+    if ema.beta is None:
         state.pending[:] = distance_sum, pair_count
     else:
-        move_mu_on_cpu(state, beta, distance_sum, pair_count)
+        move_mu_on_cpu(state, ema.beta, distance_sum, pair_count)
 
 
 def _weigh(distance: ndarray, distance_sum: float, mu: float | None, options: LossOptions) -> ndarray:
@@ -129,17 +135,6 @@ def _weigh(distance: ndarray, distance_sum: float, mu: float | None, options: Lo
     if options.power != 0 and not distance_sum < INFINITY:
         weight += 0 * distance  # NaN where it is infinite, as in the kernels
     return weight if options.max_weight is None else numpy.minimum(weight, options.max_weight)
-
-
-def _weigh_few(distance: list[float], distance_sum: float, mu: float | None, options: LossOptions) -> list[float]:
-    """The same in Python's own arithmetic: a call of numpy that is not in the cache takes as long as 40 divisions."""
-    eps, max_weight = options.eps, options.max_weight
-    if mu is None or max_weight is None or options.power != 1 or eps == 0 or not distance_sum < INFINITY:
-        return _weigh_in_silence(numpy.array(distance), distance_sum, mu, options).tolist()
-    return [min(mu / (rho + eps), max_weight) for rho in distance]
-
-
-_weigh_in_silence = in_silence(_weigh)
 
 
 class _Pairs(NamedTuple):
@@ -216,8 +211,7 @@ def compute_on_cpu(
 ) -> LossResult:
     """The loss of P >= 1 pairs."""
     dtype, num_pairs = scores.accumulate_dtype(rows), rows.num_pairs
-    number, state = DTYPES[dtype], None if mu.ema is None else mu.ema.arrays()
-    average = _average(mu, state)
+    number, average = DTYPES[dtype], _average(mu)
     scale = 1 / num_pairs if options.reduction == "mean" else 1.0
     head = _array(scores.head_weight, dtype)
     bias = 0.0 if scores.head_bias is None else scores.head_bias.item()
@@ -239,8 +233,8 @@ def compute_on_cpu(
         pair_stats = _tensor((distance, pairs.weight, pairs.chosen_reward, pairs.rejected_reward), number)
         of_batch = distance, pairs.bt_loss, pairs.difference > 0
         batch_stats = _tensor([total_of(values) / num_pairs for values in of_batch], number)
-    if state is not None and state.pending is not None:
-        _take_up(total_of(distance).item(), num_pairs, state, mu.ema.beta)
+    if mu.takes_up_distances:
+        _take_up(total_of(distance).item(), num_pairs, mu.ema)
     gradient = numpy.empty((2, num_pairs), number)
     gradient[0], gradient[1] = pairs.chosen_gradient, pairs.rejected_gradient
     return LossResult(
