@@ -7,7 +7,7 @@ import torch
 from cases import BACKEND, CASES, OURS, STRIDES, assert_same_bits, leaves, linear_case, ours_without_stats, reward_case
 
 import reference
-from normbt_kernels import linear_normbt_loss
+from normbt_kernels import linear_normbt_loss, normbt_loss
 from normbt_kernels.ops import few_pairs
 
 pytestmark = pytest.mark.skipif(BACKEND != "torch", reason="the kernels serve any number of pairs")
@@ -84,3 +84,13 @@ def test_infinite_rewards_leave_a_finite_loss():
     mine = ours_without_stats(case)
     assert mine.loss.isfinite()
     assert mine.gradients["chosen_rewards"][0] == 0
+
+
+@pytest.mark.parametrize("mu", [0.0, 1.5])
+def test_identical_rows_without_eps_weigh_what_they_weigh_in_the_kernels(mu):
+    case = reward_case(3, 5, torch.float32)
+    rewards, rows = [case.inputs[name] for name in ("chosen_rewards", "rejected_rewards")], torch.ones(3, 5)
+    few = normbt_loss(*rewards, rows, rows, mu, eps=0.0, reduction="none")
+    many, _ = normbt_loss(*rewards, rows, rows, mu, eps=0.0, reduction="none", return_stats=True)
+    torch.testing.assert_close(few, many, equal_nan=True)
+    assert few.isnan().all() == (mu == 0)
