@@ -3,8 +3,7 @@
     d = v . (h_c - h_r) or r_c - r_r,    loss = sum_p c_p log sigmoid(d_p - margin_p),    c = -w q / P
 
 A `Function` written in Python costs as much as all of this. But of many rows autograd makes copies, which cost more: at
-two to four times `MAX_ELEMENTS` these operators take 1.0 to 3.2 times as long as eager NormBT. And of many pairs numpy
-makes the weights faster (bench/NOTES.md).
+two to four times `MAX_ELEMENTS` these operators take 1.0 to 3.2 times as long as eager NormBT (bench/NOTES.md).
 """
 
 import torch
@@ -18,18 +17,16 @@ from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 
 CPU = torch.device("cpu")
 MAX_ELEMENTS = 131072  # of each side
-MAX_PAIRS = 256
 
 
 def are_few(rows: RowPairs) -> bool:
     """Whether their weights are made here."""
-    hidden, sides = rows.chosen, 1 if rows.layout == "apart" else 2
+    hidden = rows.chosen
     return (
         hidden.is_cpu
         and not uses_kernels(CPU)
         and hidden.dim() == 2
-        and 0 < hidden.numel() <= sides * MAX_ELEMENTS
-        and hidden.shape[0] <= sides * MAX_PAIRS
+        and 0 < hidden.numel() <= (MAX_ELEMENTS if rows.layout == "apart" else 2 * MAX_ELEMENTS)
         and rows.layout != "explicit"
     )
 

@@ -20,6 +20,8 @@ from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
 DTYPES = {torch.float32: numpy.float32, torch.float64: numpy.float64}
 total_of = numpy.add.reduce  # without the Python layers of `sum`
 INFINITY = float("inf")
+# Pairs weighed in plain numbers: a call of numpy that has left the cache takes as long as 40 divisions.
+MAX_PLAIN = 128
 in_silence = numpy.errstate(all="ignore")  # infinities and NaN go their way, as on every other device
 
 
@@ -73,35 +75,45 @@ def distances_on_cpu(rows: RowPairs, dtype: torch.dtype) -> Tensor:
 @in_silence
 def weights_on_cpu(rows: RowPairs, mu: Mu, options: LossOptions, dtype: torch.dtype) -> Tensor:
     """w (P,) of P >= 1 pairs, whose distances `mu` takes up."""
-    distance = _distances(rows, dtype)
-    distance_sum = total_of(distance).item()
-    weight = _weigh(distance, distance_sum, _average(mu), options)
-    if mu.takes_up_distances:
-        _take_up(distance_sum, len(distance), mu.ema)
-    return _tensor(weight, DTYPES[dtype])
+    return _tensor(_weights(_distances(rows, dtype), mu, options), DTYPES[dtype])
 
 
 def weights_of_differences(delta: Tensor, mu: Mu, options: LossOptions, scale: float) -> Tensor:
-    """The same, times `scale`, of few pairs with the differences `delta` (P, H), contiguous.
-
-    In Python's own arithmetic: a call of numpy that has left the cache takes as long as 40 divisions.
-    """
-    distance = torch.linalg.vector_norm(delta.detach(), dim=1).tolist()
-    distance_sum, average = sum(distance), _average(mu)
+    """The same, times `scale`, of pairs with the differences `delta` (P, H), contiguous."""
+    delta, number = delta.detach(), DTYPES[delta.dtype]
     eps, max_weight = options.eps, options.max_weight
-    if average is None or max_weight is None or options.power != 1 or eps == 0 or not distance_sum < INFINITY:
-        weight = scale * in_silence(_weigh)(numpy.array(distance), distance_sum, average, options)
+    if delta.shape[0] > MAX_PLAIN or max_weight is None or options.power != 1 or eps == 0:
+        return _tensor(scale * _weights_of_rows(delta.numpy(), mu, options), number)
+    distance = torch.linalg.vector_norm(delta, dim=1).tolist()
+    distance_sum, average = sum(distance), _average(mu)
+    if average is None:
+        weight = [scale] * len(distance)
     else:
         weight = [scale * (max_weight if (w := average / (rho + eps)) > max_weight else w) for rho in distance]
+        if not distance_sum < INFINITY:
+            weight = [w + 0 * rho for w, rho in zip(weight, distance, strict=True)]
     if mu.takes_up_distances:
         _take_up(distance_sum, len(distance), mu.ema)
-    return _tensor(weight, DTYPES[delta.dtype])
+    return _tensor(weight, number)
+
+
+@in_silence
+def _weights_of_rows(delta: ndarray, mu: Mu, options: LossOptions) -> ndarray:
+    return _weights(_norms(delta), mu, options)
 
 
 def _distances(rows: RowPairs, dtype: torch.dtype) -> ndarray:
     if rows.pairs is None and rows.chosen.numel() <= CACHE_ELEMENTS:  # a single block
         return _norms(_subtract(*_gather(rows, dtype)))
     return numpy.concatenate([_norms(_subtract(*_gather(block, dtype))) for _, block in rows.blocks()])
+
+
+def _weights(distance: ndarray, mu: Mu, options: LossOptions) -> ndarray:
+    distance_sum = total_of(distance).item()
+    weight = _weigh(distance, distance_sum, _average(mu), options)
+    if mu.takes_up_distances:
+        _take_up(distance_sum, len(distance), mu.ema)
+    return weight
 
 
 def _average(mu: Mu) -> float | None:
