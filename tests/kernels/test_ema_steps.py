@@ -3,6 +3,7 @@
 import copy
 import os
 import socket
+import time
 
 import pytest
 import torch
@@ -294,6 +295,7 @@ def rank_main(rank, port, folder):
         if rank == step % 2:  # one rank alone, as it logs or saves
             seen.append((step, model.loss_fn.mu.item(), model.loss_fn.state_dict()["num_updates"].item()))
     torch.save((seen, model.loss_fn.mu, model.loss_fn.num_updates), f"{folder}/{rank}.pt")
+    time.sleep(0.2)  # gloo's thread needs the GIL to let go of its tensors, and the end of its group would wait with it
     dist.destroy_process_group()
 
 
