@@ -322,6 +322,28 @@ def test_a_repeated_launch_takes_the_kernel_that_triton_would(seed, repeated_lau
     assert min(repeated_launches.values()) > 0
 
 
+def test_backward_serves_whatever_comes_from_above_and_whatever_is_asked_for():
+    case = linear_case(4, 7, torch.float32, bias=False, reduction="none")
+    inputs = leaves(case)
+    loss = OURS["linear"](**inputs, **case.arguments)
+    above = torch.rand(8, device=DEVICE)
+    for upstream in (above[:4], above[:1].expand(4), above[::2], above[4:]):
+        expected = torch.autograd.grad(loss, list(inputs.values()), upstream.clone(), retain_graph=True)
+        for asked_for in ([0, 1], [0], [1]):
+            of = [list(inputs.values())[i] for i in asked_for]
+            gradients = torch.autograd.grad(loss, of, upstream, retain_graph=True)
+            assert_same_bits(list(gradients), [expected[i] for i in asked_for])
+
+
+def test_the_two_sides_may_lie_in_memory_each_in_its_own_way():
+    case = reward_case(5, 9, torch.float32)
+    expected = ours(case)
+    chosen, rejected = case.arguments["chosen_hidden"].contiguous(), case.arguments["rejected_hidden"].contiguous()
+    for sides in ((chosen, rejected.T.contiguous().T), (chosen.T.contiguous().T, rejected)):
+        arguments = case.arguments | dict(zip(("chosen_hidden", "rejected_hidden"), sides, strict=True))
+        assert_same_bits(ours(replace(case, arguments=arguments)).loss, expected.loss)
+
+
 class OnGPU(torch.Tensor):
     """Says that it lies on a GPU."""
 
