@@ -68,7 +68,7 @@ def mu_of(mu: float | Tensor | None, hidden: Tensor) -> Mu:
             raise TypeError(f"mu must be a number, a 0-d tensor or None, got {type(mu).__name__}")
     if not 0 <= mu < math.inf:
         raise ValueError(f"mu must be finite and >= 0, got {mu}")
-    return Mu(float(mu))
+    return Mu(value=float(mu))
 
 
 def reward_inputs(

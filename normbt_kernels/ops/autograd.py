@@ -312,7 +312,7 @@ def pair_weights(rows: RowPairs, mu: Mu, options: LossOptions) -> Tensor:
     """The weights (P,) of pairs whose loss is computed elsewhere; `mu` takes up their distances. All are constants."""
     hidden, dtype, watched = rows.chosen, accumulate_dtype(*rows[:2]), is_watched(rows[:2])
     if not watched and rows.num_pairs > 0 and _numpy_weighs(hidden.device):
-        if few_pairs.are_few(rows):
+        if few_pairs.serves_weights(rows):
             return few_pairs.few_pairs_weights(rows, mu, options)
         return weights_on_cpu(rows, mu, options, dtype)
     # The pass over the pairs makes them, in two launches, beside a loss of any rewards that nobody asks for.

@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
 MAX_ELEMENTS = 131072  # of each side
 
 
-def are_few(rows: RowPairs) -> bool:
-    """Whether their weights are made here."""
+def serves_weights(rows: RowPairs) -> bool:
+    """Whether the weights of these pairs are made here."""
     hidden = rows.chosen
     return (
         hidden.is_cpu
@@ -35,7 +35,7 @@ def serves(rows: RowPairs, options: LossOptions, stats: bool) -> bool:
     """Whether the loss of these pairs is made here."""
     return (
         not stats
-        and are_few(rows)
+        and serves_weights(rows)
         and options.center_coef == 0
         and options.label_smoothing == 0
         and not torch.is_autocast_enabled("cpu")  # it would round `mv` to 16 bits

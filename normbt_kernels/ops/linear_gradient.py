@@ -223,10 +223,6 @@ class Layout(NamedTuple):
         return RowPairs(hidden, hidden, self.pairs, self.last_token, self.name)
 
 
-def named_vector(vector: tuple) -> Vector:
-    return Vector(*vector)
-
-
 class GradientPlan:
     """The launches of a backward pass, and what it allocates."""
 
@@ -246,7 +242,7 @@ class GradientPlan:
         self.sum_pairs = self.sum_head = None
         if needs_hidden and layout.name == "explicit":
             self.sum_pairs = Launch(
-                _sum_pairs_of_rows_kernel, (cdiv(num_rows, 16), 1, 1), 4, self._sum_pairs_arguments, {3: named_vector},
+                _sum_pairs_of_rows_kernel, (cdiv(num_rows, 16), 1, 1), 4, self._sum_pairs_arguments, {3: Vector._make},
                 PER_PAIR=per_pair, BLOCK_N=16, BLOCK_K=16, ACC=acc,
             )  # fmt: skip
         if needs_head and per_pair:
@@ -255,7 +251,7 @@ class GradientPlan:
             num_partials = shape.num_programs
             self.sum_head = Launch(
                 _sum_head_gradient_kernel, (num_partials, 1, 1), shape.num_warps, self._sum_head_arguments,
-                {0: RowArguments.named, 2: named_vector},
+                {0: RowArguments.named, 2: Vector._make},
                 LAYOUT=layout.name, BLOCK_P=shape.block_rows, BLOCK_H=shape.block_hidden, ACC=acc,
             )  # fmt: skip
             self.row_strides = RowStrides(rows)
@@ -270,7 +266,7 @@ class GradientPlan:
             (cdiv(hidden_size, shape.block_hidden) * shape.num_programs, 1, 1),
             shape.num_warps,
             self._write_arguments,
-            {4: named_vector, 6: named_vector, 9: named_vector},
+            {4: Vector._make, 6: Vector._make, 9: Vector._make},
             LAYOUT=layout.name,
             PER_PAIR=per_pair,
             BLOCK_N=shape.block_rows,

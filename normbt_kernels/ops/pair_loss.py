@@ -56,7 +56,7 @@ class ScoreArguments(NamedTuple):
 
     @classmethod
     def named(cls, scores: tuple) -> "ScoreArguments":
-        return cls(*(Vector(*score) for score in scores))
+        return cls._make(map(Vector._make, scores))
 
 
 @triton.jit

@@ -165,7 +165,9 @@ class RowArguments(NamedTuple):
 
     @classmethod
     def named(cls, rows: tuple) -> "RowArguments":
-        return cls(SideArguments(*rows[0]), SideArguments(*rows[1]), Vector(*rows[2]), Vector(*rows[3]))
+        chosen, rejected, last_token, pairs = rows
+        sides = SideArguments._make(chosen), SideArguments._make(rejected)
+        return cls(*sides, Vector._make(last_token), Vector._make(pairs))
 
 
 def vector_stride(tensor: Tensor | None) -> int:
