@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 TARGET = "sm_90"
 READ_ROWS = {"_pair_loss_kernel", "_measure_distance_kernel", "_sum_head_gradient_kernel"}
-KERNELS = READ_ROWS | {"_finalise_kernel", "_sum_pairs_of_rows_kernel", "_write_gradient_kernel"}
+KERNELS = READ_ROWS | {"_finalise_kernel", "_sum_searched_pairs_kernel", "_write_gradient_kernel"}
 LIMITED, UNLIMITED = "pair_distance", "linear_normbt_loss, 64 pairs"
 COMPILED = ["pair_distance", "linear", "linear, explicit pairs", "linear, reduction none", "linear, odd H"]
 

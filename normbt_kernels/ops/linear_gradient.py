@@ -3,15 +3,15 @@
     grad h[n] = c_n v        c_n = sum of dloss/dr over the pairs in which row n serves, times their upstream
     grad v    = u sum_p (...)   made by the forward pass for u = 1, scaled here by the upstream scalar u
 
-Of a pooled (N, S, H) only the pooled positions are not 0. A row may serve in many explicit pairs: PyTorch sorts the
-pairs by row and finds where each row's begin, and one kernel sums them in that order, without atomics, so the same
-inputs give the same bits.
+Of a pooled (N, S, H) only the pooled positions are not 0. A row may serve in many explicit pairs, which one kernel sums
+in an order that depends on nothing but the inputs, without atomics, so the same inputs give the same bits. Among few
+pairs each row looks for its own. Many are sorted by row, and it is found where each row's begin, both by PyTorch.
 
 With reduction "none" each pair has its own upstream gradient, which the forward pass cannot know: then, and
 only then, the rows are read again for grad v.
 
-Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one; before it, one for explicit pairs (and the sorting), and one for
-reduction "none" with a trained head.
+Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one; before it, one for explicit pairs (and the sorting of many), and one
+for reduction "none" with a trained head.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,8 @@ from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
 from normbt_kernels.ops.pairs import RowArguments, RowPairs, RowStrides, Vector, cast, load_each, vector_stride
 
 ONCE = "the NormBT losses cannot be differentiated twice"
+# Rows x pairs, up to which each row looks through all pairs for its own.
+MAX_SEARCHED = 2**25
 
 
 @triton.jit
@@ -39,7 +41,29 @@ def load_upstream(upstream, pair, exists, PER_PAIR: tl.constexpr, ACC: tl.conste
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_pairs"])
-def _sum_pairs_of_rows_kernel(
+def _sum_searched_pairs_kernel(
+    pairs_ptr, gradient_ptr, upstream, coefficient_ptr, num_rows, num_pairs,
+    PER_PAIR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """c_n of BLOCK_N rows, which look for themselves in BLOCK_P pairs at a time.
+
+    pairs_ptr: (P, 2). gradient_ptr: (2, P). upstream: (P,), or one scalar. coefficient_ptr: (N,).
+    """
+    row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    coefficient = tl.zeros([BLOCK_N, BLOCK_P], ACC)
+    for first in range(0, num_pairs, BLOCK_P):
+        pair = first + tl.arange(0, BLOCK_P).to(tl.int64)
+        exists = pair < num_pairs
+        above = load_upstream(upstream, pair, exists, PER_PAIR, ACC)
+        for side in tl.static_range(2):
+            serving = tl.load(pairs_ptr + 2 * pair + side, mask=exists, other=-1)
+            gradient = tl.load(gradient_ptr + side * num_pairs + pair, mask=exists, other=0.0) * above
+            coefficient += tl.where(serving[None, :] == row[:, None], gradient[None, :], 0.0)
+    tl.store(coefficient_ptr + row, tl.sum(coefficient, axis=1), mask=row < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_pairs"])
+def _sum_sorted_pairs_kernel(
     order_ptr, start_ptr, gradient_ptr, upstream, coefficient_ptr, num_rows, num_pairs,
     PER_PAIR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -241,10 +265,18 @@ class GradientPlan:
         self.token_stride = vector_stride(layout.last_token)
         self.sum_pairs = self.sum_head = None
         if needs_hidden and layout.name == "explicit":
-            self.sum_pairs = Launch(
-                _sum_pairs_of_rows_kernel, (cdiv(num_rows, 16), 1, 1), 4, self._sum_pairs_arguments, {3: Vector._make},
-                PER_PAIR=per_pair, BLOCK_N=16, BLOCK_K=16, ACC=acc,
-            )  # fmt: skip
+            programs = cdiv(num_rows, 16), 1, 1
+            self.sorts = num_rows * num_pairs > MAX_SEARCHED
+            if self.sorts:
+                self.sum_pairs = Launch(
+                    _sum_sorted_pairs_kernel, programs, 4, self._sum_pairs_arguments, {3: Vector._make},
+                    PER_PAIR=per_pair, BLOCK_N=16, BLOCK_K=16, ACC=acc,
+                )  # fmt: skip
+            else:
+                self.sum_pairs = Launch(
+                    _sum_searched_pairs_kernel, programs, 8, self._sum_pairs_arguments, {2: Vector._make},
+                    PER_PAIR=per_pair, BLOCK_N=16, BLOCK_P=512, ACC=acc,
+                )  # fmt: skip
         if needs_head and per_pair:
             rows = layout.rows(hidden).for_kernels()
             shape = rows.launch_shape(dtype)
@@ -284,9 +316,10 @@ class GradientPlan:
             (last_token, self.token_stride), *self.sizes,
         )  # fmt: skip
 
-    def _sum_pairs_arguments(self, order, start, gradient, loss_gradient, coefficient) -> tuple:
+    def _sum_pairs_arguments(self, *tensors) -> tuple:
+        *pairs, gradient, loss_gradient, coefficient = tensors
         upstream = loss_gradient, self.upstream_stride
-        return order, start, gradient, upstream, coefficient, self.num_rows, self.num_pairs
+        return *pairs, gradient, upstream, coefficient, self.num_rows, self.num_pairs
 
     def _sum_head_arguments(self, chosen, rejected, pairs, last_token, gradient, loss_gradient, partials) -> tuple:
         rows = self.row_strides.arguments(chosen, rejected, pairs, last_token)
@@ -313,11 +346,14 @@ class GradientPlan:
 
     def _sum_pairs_of_rows(self, upstream: Upstream, layout: Layout) -> Tensor:
         """c_n of explicit pairs, (N,)."""
+        coefficient = upstream.gradient.new_empty(self.num_rows)
+        if not self.sorts:
+            self.sum_pairs((layout.pairs.contiguous(), *upstream[:2], coefficient))
+            return coefficient
         # Row numbers of 32 bits halve the bytes that are sorted, which 64 would take beyond 1.05 of the floor.
         row = layout.pairs.T.to(torch.int32, memory_format=torch.contiguous_format).reshape(-1)
         row, order = torch.sort(row, stable=True)
         start = torch.searchsorted(row, torch.arange(self.num_rows + 1, dtype=torch.int32, device=row.device))
-        coefficient = upstream.gradient.new_empty(self.num_rows)
         self.sum_pairs((order, start, *upstream[:2], coefficient))
         return coefficient
 

@@ -27,8 +27,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from normbt_kernels import pair_distance
-from normbt_kernels.ops import backend
+from normbt_kernels.ops import autograd, backend, linear_gradient
 from normbt_kernels.ops.launch import LaunchShape, Processors
+from normbt_kernels.ops.launcher import Plans
 from reference import normbt as reference
 
 search = settings(
@@ -156,6 +157,24 @@ across_blocks = pytest.mark.parametrize(("num_pairs", "hidden_size", "dtype"), S
 def test_every_block_boundary_is_crossed(num_pairs, hidden_size, dtype, mu, center_coef):
     case = linear_case(num_pairs, hidden_size, dtype, layout="explicit", mu=mu, center_coef=center_coef)
     assert_as_reference(case)
+
+
+@pytest.mark.parametrize("sorts", [False, True], ids=["searched", "sorted"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("num_pairs", "dtype"), [(3, torch.float64), (513, torch.bfloat16)])
+def test_rows_find_their_pairs(sorts, reduction, num_pairs, dtype, monkeypatch):
+    # One block of 512 pairs, and two, over blocks of 16 rows; the last row is in no pair, and one in half of them.
+    monkeypatch.setattr(linear_gradient, "MAX_SEARCHED", 0 if sorts else num_pairs * (num_pairs + 2))
+    for module, name in ((autograd, "_passes"), (linear_gradient, "_plans")):
+        monkeypatch.setattr(module, name, Plans())
+    case = linear_case(num_pairs, 2, dtype, layout="explicit", reduction=reduction)
+    pairs = case.arguments["pairs"]
+    pairs[::2, 0] = 1
+    pairs[::2, 1].clamp_(max=0)
+    case.arguments["pairs"] = pairs.T.contiguous().T  # of other strides, which the kernels cannot read
+    upstream = randn(num_pairs) if reduction == "none" else None
+    assert_as_reference(case, upstream)
+    assert_same_bits(ours(case, upstream), ours(case, upstream))
 
 
 @across_blocks

@@ -210,7 +210,8 @@ def test_a_hundred_numbers_of_pairs_compile_as_often_as_there_are_launch_shapes(
     assert len(reading) > 2
     assert compilations["_pair_loss_kernel"] == len(reading)
     assert compilations["_finalise_kernel"] == 1
-    assert compilations["_sum_pairs_of_rows_kernel"] == (layout == "explicit")
+    for kernel in ("_sum_searched_pairs_kernel", "_sum_sorted_pairs_kernel"):
+        assert compilations[kernel] == (layout == "explicit")
     if layout != "pooled":
         writing = {LaunchShape.for_rows(2 * p, 64, backend.INTERPRETED.count) for p in sizes}
         writing = {(shape.block_rows, shape.block_hidden, shape.num_warps) for shape in writing}
@@ -317,7 +318,7 @@ def test_a_repeated_launch_takes_the_kernel_that_triton_would(seed, repeated_lau
             modules[case.form](**inputs, **arguments).backward()
     assert set(repeated_launches) >= {
         "_pair_loss_kernel", "_finalise_kernel", "_write_gradient_kernel", "_measure_distance_kernel",
-        "_sum_pairs_of_rows_kernel", "_sum_head_gradient_kernel",
+        "_sum_searched_pairs_kernel", "_sum_head_gradient_kernel",
     }  # fmt: skip
     assert min(repeated_launches.values()) > 0
 
