@@ -45,6 +45,7 @@ PROCESSORS = {
 }
 NUM_PAIRS = 16 * MULTIPROCESSORS  # a whole tile for each program
 FEW_PAIRS = 64
+MANY_PAIRS = 8192  # too many for each row to look through all of them
 FIGURES = ("registers", "spill_bytes", "shared_bytes", "load_bytes")
 
 
@@ -76,7 +77,7 @@ def entry_points() -> dict[str, Callable[[], object]]:
         bias = torch.zeros(1, requires_grad=True)
         normbt_kernels.LinearNormBTLoss()(rows(hidden_size).requires_grad_(), weight, bias).backward()
 
-    explicit = torch.randint(0, 2 * NUM_PAIRS, (NUM_PAIRS, 2))
+    explicit, many = (torch.randint(0, 2 * num_pairs, (num_pairs, 2)) for num_pairs in (NUM_PAIRS, MANY_PAIRS))
 
     def pooled(num_pairs=8):
         hidden = torch.zeros(2 * num_pairs, 8, 4096, dtype=torch.bfloat16, requires_grad=True)
@@ -124,6 +125,7 @@ def entry_points() -> dict[str, Callable[[], object]]:
         "linear, every option": lambda: linear(center_coef=0.1, label_smoothing=0.1, max_weight=None),
         "linear, interleaved": lambda: linear(pairs="interleaved"),
         "linear, explicit pairs": lambda: linear(pairs=explicit),
+        "linear, many explicit pairs": lambda: linear(512, pairs=many, num_pairs=MANY_PAIRS),
         "linear, reduction none": lambda: linear(reduction="none"),
         "linear, explicit pairs, reduction none": lambda: linear(pairs=explicit, reduction="none"),
         "linear, odd H": lambda: linear(4099),

@@ -60,7 +60,7 @@ MAX_LAUNCHES = 2  # forward, and again backward
 # Distances first, then their mean, then the ordinary pass.
 MAX_BYTES_OWN_MEAN = 2.1
 MAX_LAUNCHES_OWN_MEAN = 5
-MAX_LAUNCHES_SORTING = 7  # backward of explicit pairs, which PyTorch sorts
+MAX_LAUNCHES_SORTING = 7  # backward of many explicit pairs, which PyTorch sorts
 MIN_LOAD_BYTES = 16
 UNALIGNED = ("linear, odd H", "linear, columns apart")  # in bench/ahead_of_time.py
 FIGURES = ("bytes", "floor_bytes", "launches_forward", "launches_backward")
@@ -75,6 +75,10 @@ QUICK = ["normbt_loss", "linear_normbt_loss, 512 pairs", "pair_distance"], ["sm_
 FEW_PAIRS = (
     "With few pairs to a program, the partial gradient of the head that each program leaves behind (H fp32 values, "
     "written once and read once) weighs as much as its rows. It stays in the L2 cache."
+)
+SEARCHED = (
+    "Each row looks through all of the few pairs for its own. Their numbers and gradients, 24 bytes a pair, stay in "
+    "the L2 cache."
 )
 LONG_ROWS = (
     "Rows that one program's registers cannot hold (32 KB; 16 KB with centering) are read a second time for the head's "
@@ -170,6 +174,7 @@ def entries() -> dict[str, Entry]:
         "linear_normbt_loss, H=16384": alone(case("frozen", 8192, 16384)),
         "linear_normbt_loss, H=512": linear(c=case("linear", 16384, 512), no_limit=FEW_PAIRS),
         "linear_normbt_loss, 64 pairs": linear(c=case("linear", 64, 4096), no_limit=FEW_PAIRS),
+        "linear_normbt_loss, 1026 explicit pairs": linear(c=case("kwise", 1026, 4096), no_limit=SEARCHED),
         "linear_normbt_loss, 512 pairs": linear(c=case("linear", 512, 4096), no_limit=FEW_PAIRS),
         "linear_normbt_loss, H=32768": alone(case("frozen", 512, 32768), no_limit=LONG_ROWS),
     }

@@ -19,9 +19,13 @@ pytestmark = pytest.mark.slow
 
 TARGET = "sm_90"
 READ_ROWS = {"_pair_loss_kernel", "_measure_distance_kernel", "_sum_head_gradient_kernel"}
-KERNELS = READ_ROWS | {"_finalise_kernel", "_sum_searched_pairs_kernel", "_write_gradient_kernel"}
+SUM_PAIRS = {"_sum_searched_pairs_kernel", "_sum_sorted_pairs_kernel"}
+KERNELS = READ_ROWS | SUM_PAIRS | {"_finalise_kernel", "_write_gradient_kernel"}
 LIMITED, UNLIMITED = "pair_distance", "linear_normbt_loss, 64 pairs"
-COMPILED = ["pair_distance", "linear", "linear, explicit pairs", "linear, reduction none", "linear, odd H"]
+COMPILED = [
+    "pair_distance", "linear", "linear, explicit pairs", "linear, many explicit pairs", "linear, reduction none",
+    "linear, odd H",
+]  # fmt: skip
 
 
 def python(*arguments, **environment):

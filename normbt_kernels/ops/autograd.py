@@ -178,8 +178,11 @@ def _gradients(ctx, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 def _reward_gradients(passes: Passes, gradient: Tensor, loss_gradient: Tensor) -> tuple[Tensor, Tensor]:
     chosen_dtype, rejected_dtype = passes.dtypes[1:3]
-    # One product and, for 16-bit rewards, one cast: two launches for both sides.
-    gradient = cast(gradient * loss_gradient, torch.promote_types(chosen_dtype, rejected_dtype))
+    dtype = torch.promote_types(chosen_dtype, rejected_dtype)
+    if gradient.dtype == dtype or is_watched((loss_gradient,)):
+        gradient = cast(gradient * loss_gradient, dtype)
+    else:  # `out=` rounds the product at once: one launch for both sides
+        gradient = torch.mul(gradient, loss_gradient, out=gradient.new_empty(gradient.shape, dtype=dtype))
     chosen, rejected = gradient.unbind()
     return cast(chosen, chosen_dtype), cast(rejected, rejected_dtype)
 

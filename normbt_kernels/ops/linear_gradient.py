@@ -10,8 +10,8 @@ pairs each row looks for its own. Many are sorted by row, and it is found where 
 With reduction "none" each pair has its own upstream gradient, which the forward pass cannot know: then, and
 only then, the rows are read again for grad v.
 
-Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one; before it, one for explicit pairs (and the sorting of many), and one
-for reduction "none" with a trained head.
+Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one; before it, one for explicit pairs (and the sorting of many), and
+one for reduction "none" with a trained head.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,9 @@ from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
 from normbt_kernels.ops.pairs import RowArguments, RowPairs, RowStrides, Vector, cast, load_each, vector_stride
 
 ONCE = "the NormBT losses cannot be differentiated twice"
-# Rows x pairs, up to which each row looks through all pairs for its own.
-MAX_SEARCHED = 2**25
+# Rows x pairs, up to which each row looks through all pairs for its own. On an H100 (H=4096) backward took 7 us in this
+# way at 2^11.5, and 33 with sorting; 26 and 71 at 2^23.4, 59 and 80 at 2^25.4, 178 and 91 at 2^27.4.
+MAX_SEARCHED = 2**26
 
 
 @triton.jit

@@ -195,7 +195,7 @@ def step(num_pairs, hidden_size=64, dtype=torch.float32, hidden=None, **argument
 
 @pytest.mark.parametrize("layout", ["halves", "interleaved", "explicit", "pooled"])
 def test_a_hundred_numbers_of_pairs_compile_as_often_as_there_are_launch_shapes(layout, compilations):
-    sizes = range(1, 5001, 50)
+    sizes = range(1, 6001, 60)  # of pairs whose rows search for them, and of those that are sorted
     for num_pairs in sizes:
         arguments, hidden = {"pairs": layout}, None
         if layout == "explicit":
@@ -387,13 +387,18 @@ def test_plans_of_kinds_that_keep_changing_are_dropped():
 
 @pytest.mark.skipif(BACKEND != "triton-interpreter", reason="bench tune needs kernels, and a GPU its own time")
 @pytest.mark.parametrize(
-    ("phase", "plan", "num_pairs"), [("forward", "PairLossPlan", 29), ("backward", "GradientPlan", 200)]
+    ("entry", "phase", "plan", "num_pairs"),
+    [
+        ("linear", "forward", "PairLossPlan", 29),
+        ("reward", "forward", "PairLossPlan", 29),
+        ("linear", "backward", "GradientPlan", 200),
+    ],
 )
-def test_bench_tune_launches_each_shape_that_it_times(phase, plan, num_pairs, monkeypatch):
+def test_bench_tune_launches_each_shape_that_it_times(entry, phase, plan, num_pairs, monkeypatch):
     from bench import tune
     from bench.contenders import Case
 
     made, make = [], getattr(autograd, plan)
     monkeypatch.setattr(autograd, plan, lambda *arguments: made.append(arguments) or make(*arguments))
-    times = tune.time_shapes(Case("linear", num_pairs, 16, torch.float32), phase, torch.device("cpu"), 0, 0.01)
+    times = tune.time_shapes(Case(entry, num_pairs, 16, torch.float32), phase, torch.device("cpu"), 0, 0.01)
     assert len(made) == len(times) > 1
