@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-CPU, GPU = "amd-epyc-2-cores", "nvidia-h200"  # whose figures README quotes
+CPU, GPU = "amd-epyc-2-cores", "nvidia-h100-80gb-hbm3"  # whose figures README quotes
 BEHIND = "**behind:** "
 COARSE, FINE = "coarse: noisy style", "fine: one wrong token"
 GROUPS = {"all": "all", "fine": FINE, "coarse": COARSE, "closest third": "closest third"}
@@ -313,16 +313,24 @@ def static_rows() -> list[list[str]]:
 
 
 def gpu_rows() -> list[list[str]]:
-    large, few = results(f"{GPU}/speed.json"), results(f"{GPU}/goals/small/speed.json")
-    most = max(row["num_pairs"] for row in large["rows"])
+    large, few, step = (results(f"{GPU}/{name}.json") for name in ("speed", "goals/small/speed", "realistic-step"))
+    measured: dict[str, dict[int, dict[str, Any]]] = {}  # by entry, number of pairs and contender
+    for row in large["rows"]:
+        if row["device"]:
+            of_entry = measured.setdefault(row["entry"], {})
+            of_entry.setdefault(row["num_pairs"], {})[row["contender"]] = row
+    most = max(measured["linear"])
     shares = []
-    for entry in dict.fromkeys(row["entry"] for row in large["rows"]):
-        rows = {r["contender"]: r for r in large["rows"] if (r["entry"], r["num_pairs"]) == (entry, most)}
+    for entry, of_entry in measured.items():
+        if max(of_entry) < most:  # more pairs did not fit
+            continue
+        rows = of_entry[max(of_entry)]
         rivals = ["eager", "compiled"]
         if entry != "reward":  # BT on given rewards reads no rows
             rivals.append("bt-eager")
-        ratios = (f"{median(rows['ours'], 'device') / median(rows[rival], 'device'):.2f}" for rival in rivals)
-        shares.append(f"{entry} {', '.join(ratios)} and {rows['ours']['share_of_copy']['both']:.0%}")
+        ratios = [median(rows["ours"], "device") / median(rows[rival], "device") for rival in rivals]
+        shown = ", ".join(f"**{ratio:.2f}**" if ratio > 1 else f"{ratio:.2f}" for ratio in ratios)
+        shares.append(f"{entry} {shown} and {rows['ours']['share_of_copy']['both']:.0%}")
     sizes: dict[tuple[int, int], dict[str, float]] = {}
     for row in few["rows"]:
         sizes.setdefault((row["num_pairs"], row["hidden_size"]), {})[row["contender"]] = median(row, "wall")
@@ -334,10 +342,17 @@ def gpu_rows() -> list[list[str]]:
     environment, pairs = large["environment"], sorted({num_pairs for num_pairs, _ in sizes})
     versions = environment["versions"]
     gpu = f"{environment['device']['name']} (torch {versions['torch']}, triton {versions['triton']})"
+    settings, steps = step["settings"], {row["contender"]: row for row in step["rows"]}
+    names = {"padded": "padded", "late": "late pooling", "padding-free": "padding-free", "both": "both"}
+
+    def of_trl(contender: str) -> str:
+        low, high = steps[contender]["interval_95"]
+        return f"{steps[contender]['time_ratio']:.2f} [{low:.2f}, {high:.2f}]"
+
     return [
         [
             f"our time on an {gpu}, by the device's clock, over that of eager NormBT, its `torch.compile` and eager BT "
-            "(not with given rewards, where BT reads no rows), and our speed over a copy's; "
+            "(not with given rewards, where BT reads no rows), and our speed over a copy's; bold where behind; "
             f"P={most}, H={large['rows'][0]['hidden_size']}, bf16",
             "; ".join(shares),
             command_of(large),
@@ -347,7 +362,12 @@ def gpu_rows() -> list[list[str]]:
             f"{range_of('eager')} of eager NormBT's, {range_of('bt-eager')} of eager BT's",
             command_of(few),
         ],
-        ["a whole training step on a GPU", "not measured", "`bash bench/gpu_check.sh`"],
+        [
+            f"a whole training step on the same GPU over that of TRL with BT (Llama, {settings['layers']} layers, "
+            f"H={settings['hidden_size']}, {settings['dtype']}, {steps['trl']['padding']:.0%} padding)",
+            "; ".join(f"{name} {of_trl(contender)}" for contender, name in names.items()),
+            command_of(step),
+        ],
     ]
 
 

@@ -151,7 +151,7 @@ def training_step(results: Results) -> Found | None:
     for content in results.files["train-step"]:
         settings, rows = content["settings"], {row["contender"]: row for row in content["rows"]}
         low, high = rows["bt-again"]["interval_95_percent"]
-        if settings["parameters"] >= 100e6 and settings["dtype"] == "bfloat16":
+        if 0.1e9 <= settings["parameters"] < 0.5e9 and settings["dtype"] == "bfloat16":
             note = "" if low <= 0 <= high else f"; not to be trusted: plain BT again, {low:+.2f}% to {high:+.2f}%"
             interval = "{:+.2f}% to {:+.2f}%".format(*rows["ours"]["interval_95_percent"])
             return Found(rows["ours"]["overhead_percent"] / 100, f"95%: {interval}{note}")

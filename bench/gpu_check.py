@@ -147,7 +147,8 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
     """Stages that have the GPU for themselves: sizes of the goals that are in no quick grid, then all benchmarks."""
     pairs, hidden, ends = (["64"], ["32"], ["8", "128"]) if smoke else (["65536"], ["4096"], ["1024", "16384"])
     few, small, length = (["8"], ["16", "64"], "8") if smoke else (["8", "64", "256"], ["2048", "8192"], "1024")
-    shape = ("--steps", "1", "--layers", "2", "--hidden-size", "32") if smoke else ()
+    shape = ("--steps", "1", "--layers", "2", "--hidden-size", "32") if smoke else ("--steps", "16")
+    model = ("--model-size", "tiny", "--steps", "3") if smoke else ("--model-size", "medium", "--steps", "40")
     no_gpu = None if gpu else NO_GPU
     no_use = None if gpu or smoke else NO_GPU
 
@@ -194,10 +195,19 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
         ),
         Stage(
             "realistic step",
-            (PYTHON, "-m", "bench", "train-step", "--realistic", "--quick", "--out", str(out), *shape),
+            (PYTHON, "-m", "bench", "train-step", "--realistic", "--out", str(out), *shape),
             120,
             writes=[out / "realistic-step.json"],
             skip=no_use if installed("trl") else "trl, whose trainer it is compared with, is not installed",
+            leaves=0,
+            optional=True,
+        ),
+        Stage(
+            "larger step",  # of a model whose host does not limit it
+            (PYTHON, "-m", "bench", "train-step", "--out", str(out / "larger-step"), *model),
+            90,
+            writes=[out / "larger-step" / "train-step.json"],
+            skip=no_use,
             leaves=0,
             optional=True,
         ),

@@ -162,7 +162,8 @@ class Shared:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-6)
 
     def _build(self):
-        return build_model(self.settings).to(self.device, DTYPES[self.settings["dtype"]])
+        with self.device:
+            return build_model(self.settings).to(DTYPES[self.settings["dtype"]])
 
     def model(self):
         """A model of its own, whose hooks are nobody else's, with these weights."""

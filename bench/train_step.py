@@ -67,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
     num_steps = options.steps or (40 if options.quick else 100)
 
     torch.manual_seed(0)
-    model = build_model(size, length).to(options.device, dtype)
+    with options.device:  # where a billion random weights take a moment
+        model = build_model(size, length).to(dtype)
     batch = make_batch(num_pairs, length, model.config, options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     losses = make_losses(model, options.device)

@@ -27,7 +27,8 @@ from normbt_kernels.ops.backend import processors_of, uses_kernels
 from normbt_kernels.ops.launch import LaunchShape, Reading
 from normbt_kernels.ops.launcher import Plans
 
-# What the launch shapes of each phase depend on, and the values to try: the fields of `launch.AHEAD`, and constants.
+# What the launch shapes of each phase depend on, and the values to try: the fields of `launch.AHEAD`, or of
+# `launch.AHEAD_WITHOUT_HEAD` for given rewards, and constants.
 CONSTANTS = {
     "forward": {
         "tile_bytes": (8192, 16384, 32768),
@@ -44,7 +45,11 @@ CONSTANTS = {
 Setting = tuple[int, ...]  # values of a phase's constants, in their order
 
 
+READINGS = {"linear": "AHEAD", "reward": "AHEAD_WITHOUT_HEAD"}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--entry", choices=READINGS, default="linear", help="(default: %(default)s)")
     parser.add_argument("--num-pairs", "-P", nargs="+", type=int, metavar="P", default=(64, 4096, 65536))
     parser.add_argument("--hidden-size", "-H", nargs="+", type=int, metavar="H", default=(1024, 4096, 8192))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bf16",))
@@ -57,17 +62,18 @@ def run(options: argparse.Namespace) -> int:
     report = Report("tune", options)
     seconds = options.seconds or (1 if options.quick else 4)
     sizes = itertools.product(options.num_pairs, options.hidden_size, options.dtype)
-    cases = [Case("linear", p, h, DTYPES[dtype]) for p, h, dtype in sizes]
+    cases = [Case(options.entry, p, h, DTYPES[dtype]) for p, h, dtype in sizes]
+    phases = list(CONSTANTS) if options.entry == "linear" else ["forward"]  # backward of given rewards writes no rows
     times = {
         phase: {
             str(case): time_shapes(case, phase, options.device, report.device["cache_bytes"], seconds)
             for case in tqdm(cases, desc=phase, unit="size")
         }
-        for phase in CONSTANTS
+        for phase in phases
     }
-    rows = [row for phase in CONSTANTS for row in compare(phase, cases, times[phase], options.device)]
+    rows = [row for phase in phases for row in compare(phase, cases, times[phase], options.device)]
     print_table(["phase", "size", "shape today", "us", "best shape", "us", "today over best"], rows)
-    proposals = {phase: propose(phase, cases, times[phase], options.device) for phase in CONSTANTS}
+    proposals = {phase: propose(phase, cases, times[phase], options.device) for phase in phases}
     for phase, proposal in proposals.items():
         cost, cost_today = proposal["cost"], proposal["cost_today"]
         print(f"{phase}: {proposal['constants']} costs {cost:.3f}x the best of each size, today {cost_today:.3f}x")
@@ -87,16 +93,18 @@ def settings(phase: str) -> Iterator[Setting]:
     yield from itertools.product(*CONSTANTS[phase].values())
 
 
-def setting_today(phase: str) -> Setting:
-    source = launch.AHEAD if phase == "forward" else launch
+def setting_today(case: Case, phase: str) -> Setting:
+    source = getattr(launch, READINGS[case.entry]) if phase == "forward" else launch
     return tuple(getattr(source, name) for name in CONSTANTS[phase])
 
 
 def shape_of(case: Case, phase: str, setting: Setting, device: torch.device) -> LaunchShape:
     processors = processors_of(device)
     if phase == "forward":
-        with patch.object(launch, "AHEAD", Reading(*setting)):
-            return LaunchShape.for_pairs(case.num_pairs, case.hidden_size, case.dtype.itemsize, processors)
+        with patch.object(launch, READINGS[case.entry], Reading(*setting)):
+            return LaunchShape.for_pairs(
+                case.num_pairs, case.hidden_size, case.dtype.itemsize, processors, head=case.entry == "linear"
+            )
     with patch.multiple(launch, **dict(zip(CONSTANTS[phase], setting, strict=True))):
         return LaunchShape.for_rows(case.num_rows, case.hidden_size, processors.count)
 
@@ -110,7 +118,7 @@ def time_shapes(
         count = number_of_buffers(2 * case.hidden_bytes, cache_bytes, free_bytes(device) // 2)
     torch.manual_seed(0)
     buffers = [case.make_inputs(device, copy=False) for _ in range(count)]
-    shapes = {shape_of(case, phase, setting, device) for setting in [*settings(phase), setting_today(phase)]}
+    shapes = {shape_of(case, phase, setting, device) for setting in [*settings(phase), setting_today(case, phase)]}
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def sampler(shape: LaunchShape) -> Callable[[], Seconds]:
@@ -141,7 +149,7 @@ def time_shapes(
 def compare(phase: str, cases: list[Case], times: dict[str, dict], device: torch.device) -> Iterator[list[Any]]:
     for case in cases:
         of_case = times[str(case)]
-        today = shape_of(case, phase, setting_today(phase), device)
+        today = shape_of(case, phase, setting_today(case, phase), device)
         best = min(of_case, key=of_case.get)
         yield [
             phase, str(case), brief(today), of_case[today] * 1e6, brief(best), of_case[best] * 1e6,
@@ -161,12 +169,13 @@ def propose(phase: str, cases: list[Case], times: dict[str, dict], device: torch
             logarithms.append(math.log(seconds / min(of_case.values())))
         return math.exp(sum(logarithms) / len(logarithms))
 
-    costs = {setting: cost(setting) for setting in [setting_today(phase), *settings(phase)]}
+    today = setting_today(cases[0], phase)
+    costs = {setting: cost(setting) for setting in [today, *settings(phase)]}
     best = min(costs, key=costs.get)
     return {
         "constants": dict(zip(CONSTANTS[phase], best, strict=True)),
         "cost": costs[best],
-        "cost_today": costs[setting_today(phase)],
+        "cost_today": costs[today],
     }
 
 
