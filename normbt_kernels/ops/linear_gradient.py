@@ -3,15 +3,14 @@
     grad h[n] = c_n v        c_n = sum of dloss/dr over the pairs in which row n serves, times their upstream
     grad v    = u sum_p (...)   made by the forward pass for u = 1, scaled here by the upstream scalar u
 
-Of a pooled (N, S, H) only the pooled positions are not 0. A row may serve in many explicit pairs, which one kernel sums
-in an order that depends on nothing but the inputs, without atomics, so the same inputs give the same bits. Among few
-pairs each row looks for its own. Many are sorted by row, and it is found where each row's begin, both by PyTorch.
+Of a pooled (N, S, H) only the pooled positions are not 0. A row may serve in many explicit pairs: pairs_of_rows.py sums
+them first.
 
 With reduction "none" each pair has its own upstream gradient, which the forward pass cannot know: then, and
 only then, the rows are read again for grad v.
 
-Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one; before it, one for explicit pairs (and the sorting of many), and
-one for reduction "none" with a trained head.
+Bytes: writes N*H*s (pooled: N*S*H*s). Launches: one; before it, those for explicit pairs, and one for reduction "none"
+with a trained head.
 """
 
 from collections.abc import Callable
@@ -28,63 +27,9 @@ from normbt_kernels.ops.library import define_op, refuse_gradients, with_empty_t
 from normbt_kernels.ops.on_cpu import are_few, compute_few_gradients
 from normbt_kernels.ops.pair_loss import accumulate_head_gradient, sum_partials
 from normbt_kernels.ops.pairs import RowArguments, RowPairs, RowStrides, Vector, cast, load_each, vector_stride
+from normbt_kernels.ops.pairs_of_rows import PairsOfRows, load_upstream
 
 ONCE = "the NormBT losses cannot be differentiated twice"
-# Rows x pairs, up to which each row looks through all pairs for its own. On an H100 (H=4096) backward took 7 us in this
-# way at 2^11.5, and 33 with sorting; 26 and 71 at 2^23.4, 59 and 80 at 2^25.4, 178 and 91 at 2^27.4.
-MAX_SEARCHED = 2**26
-
-
-@triton.jit
-def load_upstream(upstream, pair, exists, PER_PAIR: tl.constexpr, ACC: tl.constexpr):
-    """What comes from above for each pair, or one scalar for all of them."""
-    return load_each(upstream, pair, exists, ACC) if PER_PAIR else tl.load(upstream.ptr).to(ACC)
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_pairs"])
-def _sum_searched_pairs_kernel(
-    pairs_ptr, gradient_ptr, upstream, coefficient_ptr, num_rows, num_pairs,
-    PER_PAIR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """c_n of BLOCK_N rows, which look for themselves in BLOCK_P pairs at a time.
-
-    pairs_ptr: (P, 2). gradient_ptr: (2, P). upstream: (P,), or one scalar. coefficient_ptr: (N,).
-    """
-    row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    coefficient = tl.zeros([BLOCK_N, BLOCK_P], ACC)
-    for first in range(0, num_pairs, BLOCK_P):
-        pair = first + tl.arange(0, BLOCK_P).to(tl.int64)
-        exists = pair < num_pairs
-        above = load_upstream(upstream, pair, exists, PER_PAIR, ACC)
-        for side in tl.static_range(2):
-            serving = tl.load(pairs_ptr + 2 * pair + side, mask=exists, other=-1)
-            gradient = tl.load(gradient_ptr + side * num_pairs + pair, mask=exists, other=0.0) * above
-            coefficient += tl.where(serving[None, :] == row[:, None], gradient[None, :], 0.0)
-    tl.store(coefficient_ptr + row, tl.sum(coefficient, axis=1), mask=row < num_rows)
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_pairs"])
-def _sum_sorted_pairs_kernel(
-    order_ptr, start_ptr, gradient_ptr, upstream, coefficient_ptr, num_rows, num_pairs,
-    PER_PAIR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """c_n of BLOCK_N rows, BLOCK_K of their pairs at a time.
-
-    order_ptr: (2P,) places in the (2, P) gradients, sorted by row. start_ptr: (N + 1,) where in it each row's begin.
-    gradient_ptr: (2, P). upstream: (P,), or one scalar. coefficient_ptr: (N,).
-    """
-    row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = row < num_rows
-    start = tl.load(start_ptr + row, mask=exists, other=0)
-    count = tl.load(start_ptr + 1 + row, mask=exists, other=0) - start
-    coefficient = tl.zeros([BLOCK_N, BLOCK_K], ACC)
-    for first in range(0, tl.max(count), BLOCK_K):
-        turn = first + tl.arange(0, BLOCK_K).to(tl.int64)
-        serves = turn[None, :] < count[:, None]
-        place = tl.load(order_ptr + start[:, None] + turn[None, :], mask=serves, other=0)
-        gradient = tl.load(gradient_ptr + place, mask=serves, other=0.0)
-        coefficient += gradient * load_upstream(upstream, place % num_pairs, serves, PER_PAIR, ACC)
-    tl.store(coefficient_ptr + row, tl.sum(coefficient, axis=1), mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_rows", "sequence_length"])
@@ -261,23 +206,11 @@ class GradientPlan:
         per_pair, dtype, device = upstream.per_pair, upstream.gradient.dtype, upstream.gradient.device
         needs_head = needs_weight or needs_bias
         acc, num_partials = triton_dtype(dtype), int(needs_head)
-        self.num_rows, self.num_pairs = num_rows, num_pairs
         self.upstream_stride, self.head_stride = vector_stride(upstream.loss_gradient), vector_stride(head_weight)
         self.token_stride = vector_stride(layout.last_token)
-        self.sum_pairs = self.sum_head = None
+        self.pairs_of_rows = self.sum_head = None
         if needs_hidden and layout.name == "explicit":
-            programs = cdiv(num_rows, 16), 1, 1
-            self.sorts = num_rows * num_pairs > MAX_SEARCHED
-            if self.sorts:
-                self.sum_pairs = Launch(
-                    _sum_sorted_pairs_kernel, programs, 4, self._sum_pairs_arguments, {3: Vector._make},
-                    PER_PAIR=per_pair, BLOCK_N=16, BLOCK_K=16, ACC=acc,
-                )  # fmt: skip
-            else:
-                self.sum_pairs = Launch(
-                    _sum_searched_pairs_kernel, programs, 8, self._sum_pairs_arguments, {2: Vector._make},
-                    PER_PAIR=per_pair, BLOCK_N=16, BLOCK_P=512, ACC=acc,
-                )  # fmt: skip
+            self.pairs_of_rows = PairsOfRows(num_rows, *upstream[:2])
         if needs_head and per_pair:
             rows = layout.rows(hidden).for_kernels()
             shape = rows.launch_shape(dtype)
@@ -317,11 +250,6 @@ class GradientPlan:
             (last_token, self.token_stride), *self.sizes,
         )  # fmt: skip
 
-    def _sum_pairs_arguments(self, *tensors) -> tuple:
-        *pairs, gradient, loss_gradient, coefficient = tensors
-        upstream = loss_gradient, self.upstream_stride
-        return *pairs, gradient, upstream, coefficient, self.num_rows, self.num_pairs
-
     def _sum_head_arguments(self, chosen, rejected, pairs, last_token, gradient, loss_gradient, partials) -> tuple:
         rows = self.row_strides.arguments(chosen, rejected, pairs, last_token)
         return rows, gradient, (loss_gradient, self.upstream_stride), partials, *self.row_sizes
@@ -329,8 +257,8 @@ class GradientPlan:
     def run(self, upstream: Upstream, head_weight: Tensor, hidden: Tensor | None, layout: Layout) -> Gradients:
         result = Gradients.allocate(upstream.gradient, head_weight, layout, *self.made)
         coefficient, head_gradient = None, upstream.head_gradient
-        if self.sum_pairs is not None:
-            coefficient = self._sum_pairs_of_rows(upstream, layout)
+        if self.pairs_of_rows is not None:
+            coefficient = self.pairs_of_rows.run(layout.pairs, *upstream[:2])
         if self.sum_head is not None:
             head_gradient = self._sum_head_gradient(upstream, layout.rows(hidden).for_kernels())
         self.write(
@@ -344,19 +272,6 @@ class GradientPlan:
             )
         )
         return result
-
-    def _sum_pairs_of_rows(self, upstream: Upstream, layout: Layout) -> Tensor:
-        """c_n of explicit pairs, (N,)."""
-        coefficient = upstream.gradient.new_empty(self.num_rows)
-        if not self.sorts:
-            self.sum_pairs((layout.pairs.contiguous(), *upstream[:2], coefficient))
-            return coefficient
-        # Row numbers of 32 bits halve the bytes that are sorted, which 64 would take beyond 1.05 of the floor.
-        row = layout.pairs.T.to(torch.int32, memory_format=torch.contiguous_format).reshape(-1)
-        row, order = torch.sort(row, stable=True)
-        start = torch.searchsorted(row, torch.arange(self.num_rows + 1, dtype=torch.int32, device=row.device))
-        self.sum_pairs((order, start, *upstream[:2], coefficient))
-        return coefficient
 
     def _sum_head_gradient(self, upstream: Upstream, rows: RowPairs) -> Tensor:
         """The programs' parts of grad v and of the bias's gradient with reduction "none", (programs, H + 1)."""

@@ -27,7 +27,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from normbt_kernels import pair_distance
-from normbt_kernels.ops import autograd, backend, linear_gradient
+from normbt_kernels.ops import autograd, backend, linear_gradient, pairs_of_rows
 from normbt_kernels.ops.launch import LaunchShape, Processors
 from normbt_kernels.ops.launcher import Plans
 from reference import normbt as reference
@@ -164,7 +164,7 @@ def test_every_block_boundary_is_crossed(num_pairs, hidden_size, dtype, mu, cent
 @pytest.mark.parametrize(("num_pairs", "dtype"), [(3, torch.float64), (513, torch.bfloat16)])
 def test_rows_find_their_pairs(sorts, reduction, num_pairs, dtype, monkeypatch):
     # One block of 512 pairs, and two, over blocks of 16 rows; the last row is in no pair, and one in half of them.
-    monkeypatch.setattr(linear_gradient, "MAX_SEARCHED", 0 if sorts else num_pairs * (num_pairs + 2))
+    monkeypatch.setattr(pairs_of_rows, "MAX_SEARCHED", 0 if sorts else num_pairs * (num_pairs + 2))
     for module, name in ((autograd, "_passes"), (linear_gradient, "_plans")):
         monkeypatch.setattr(module, name, Plans())
     case = linear_case(num_pairs, 2, dtype, layout="explicit", reduction=reduction)
