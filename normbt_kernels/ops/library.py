@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C import (
     DispatchKey,
     _are_functorch_transforms_active,
+    _dispatch_key_parse,
     _dispatch_tls_is_dispatch_key_included,
     _get_tracing_state,
     _len_torch_dispatch_stack,
@@ -26,7 +27,7 @@ from torch.compiler import is_dynamo_compiling
 NAMESPACE = "normbt"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 PLAIN = (Tensor, torch.nn.Parameter)
-_PRE_DISPATCH = DispatchKey.PreDispatch
+_PRE_DISPATCH, _VMAP_MODE = DispatchKey.PreDispatch, _dispatch_key_parse("VmapMode")
 
 
 def define_op(schema: str, *, fake: Callable, autograd: Callable) -> Callable[[Callable], Callable]:
@@ -74,12 +75,14 @@ def without_gradients(run: Callable, *arguments):
 
 def is_watched(tensors: Iterable[Tensor | None]) -> bool:
     """Whether anything traces or transforms this call, and so must see the operator: torch.compile and export,
-    torch.func, a dispatch mode, torch.jit.trace, or tensors that are not plain ones (fake, functional, distributed)."""
+    torch.func, `is_grads_batched`, a dispatch mode, torch.jit.trace, or tensors that are not plain ones (fake,
+    functional, distributed)."""
     if (
         is_dynamo_compiling()
         or _are_functorch_transforms_active()
         or _len_torch_dispatch_stack() > 0
         or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or _dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # of torch.autograd.grad, not of torch.func
         or _get_tracing_state() is not None
     ):
         return True

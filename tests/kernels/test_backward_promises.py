@@ -144,6 +144,18 @@ def test_second_backward_gives_the_same_bits(form, reduction):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_of_several_upstreams_at_once_are_those_of_each(form, reduction):
+    case = CASES[form](dtype=torch.bfloat16, reduction=reduction, center_coef=0.1)
+    loss = forward(case, inputs := leaves(case))
+    upstreams = randn(2, *loss.shape, dtype=loss.dtype)
+    at_once = torch.autograd.grad(loss, list(inputs.values()), upstreams, retain_graph=True, is_grads_batched=True)
+    for number, upstream in enumerate(upstreams):
+        alone = torch.autograd.grad(loss, list(inputs.values()), upstream, retain_graph=True)
+        assert_same_bits([gradient[number] for gradient in at_once], list(alone))
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("upstream_requires_grad", [False, True])
 def test_double_backward_is_refused_rather_than_wrong(form, upstream_requires_grad):
     case = CASES[form](label_smoothing=0.1)  # without smoothing, autograd can do it for few pairs on the CPU
