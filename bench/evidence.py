@@ -249,21 +249,26 @@ def numbers() -> str:
 
 def headline() -> str:
     """What a call and a training step take on a GPU."""
-    speed, steps = results(f"{GPU}/speed.json"), results(f"{GPU}/realistic-step.json")["rows"]
-    pairs = max(row["num_pairs"] for row in speed["rows"] if row["entry"] == "linear")
-    rows = {r["contender"]: r for r in speed["rows"] if (r["entry"], r["num_pairs"]) == ("linear", pairs)}
-    eager, compiled, bt = (
-        f"{median(rows[rival], 'device') / median(rows['ours'], 'device'):.1f}"
-        for rival in ("eager", "compiled", "bt-eager")
-    )
-    share, of_trl = rows["ours"]["share_of_copy"]["both"], {row["contender"]: row["time_ratio"] for row in steps}
-    gpu, hidden_size = speed["environment"]["device"]["name"], rows["ours"]["hidden_size"]
+    speed, step = results(f"{GPU}/speed.json"), results(f"{GPU}/realistic-step.json")
+
+    def times_as_fast(entry: str, num_pairs: int, rival: str) -> float:
+        rows = {r["contender"]: r for r in speed["rows"] if (r["entry"], r["num_pairs"]) == (entry, num_pairs)}
+        return median(rows[rival], "device") / median(rows["ours"], "device")
+
+    sizes = sorted({row["num_pairs"] for row in speed["rows"] if row["entry"] == "reward"})
+    copy, *rivals = (times_as_fast("linear", sizes[-1], rival) for rival in ("copy", "eager", "compiled", "bt-eager"))
+    eager, compiled, bt = (f"{ratio:.1f}" for ratio in rivals)
+    given_rewards = sorted(1 / times_as_fast("reward", size, "compiled") for size in sizes)
+    settings, steps = step["settings"], {row["contender"]: row for row in step["rows"]}
+    ours, both, grouped = (f"{steps[name]['time_ratio']:.2f}" for name in ("padded", "both", "trl-grouped"))
+    gpu, hidden_size = speed["environment"]["device"]["name"], speed["rows"][0]["hidden_size"]
     text = (
-        f"On one {gpu} (P={pairs}, H={hidden_size}, bf16) our loss takes as long as a plain copy ({share:.0%} of its "
-        f"speed): it is {eager} times as fast as eager NormBT, {compiled} as its `torch.compile`, {bt} as eager BT. A "
-        f"whole step takes {of_trl['padded']:.2f} of TRL's with BT, and {of_trl['both']:.2f} with late pooling and "
-        f"without padding; TRL's own grouping by length takes {of_trl['trl-grouped']:.2f} "
-        "([the whole step](docs/whole-step.md))."
+        f"On one {gpu} (P={sizes[-1]}, H={hidden_size}, bf16) the loss with its head reaches {copy:.0%} of a plain "
+        f"copy's speed, forward and backward: {eager} times as fast as eager NormBT, {compiled} as its "
+        f"`torch.compile`, {bt} as eager BT. Given rewards, it takes {given_rewards[0]:.2f} to {given_rewards[-1]:.2f} "
+        f"of the GPU time of `torch.compile`. A step of a Llama ({settings['layers']} layers, "
+        f"{steps['trl']['padding']:.0%} padding) takes {ours} of TRL's with BT; with late pooling and without padding "
+        f"{both}, where TRL's own grouping by length takes {grouped} ([the whole step](docs/whole-step.md))."
     )
     return textwrap.fill(text, 125, break_long_words=False, break_on_hyphens=False) + "\n"
 
@@ -366,9 +371,10 @@ def gpu_rows() -> list[list[str]]:
 
     return [
         [
-            f"our time on an {gpu}, by the device's clock, over that of eager NormBT, its `torch.compile` and eager BT "
-            "(not with given rewards, where BT reads no rows), and our speed over a copy's; bold where behind; "
-            f"P={most}, H={large['rows'][0]['hidden_size']}, bf16",
+            f"our time on an {gpu}, by the device's clock, over that of eager NormBT, its `torch.compile` and eager "
+            "BT, and our speed over a copy's; bold where behind; "
+            f"P={most}, H={large['rows'][0]['hidden_size']}, bf16 (reward: given rewards, where BT reads no rows; "
+            "linear: with the head; frozen: only the head trained; kwise: explicit pairs)",
             "; ".join(shares),
             command_of(large),
         ],
@@ -417,9 +423,10 @@ def cpu_rows() -> list[list[str]]:
             command_of(margins),
         ],
         ratio_row(f"our time over eager NormBT's ({cpu})", "eager", min, max),
-        ratio_row("our time over that of `torch.compile` of eager NormBT", "compiled", max),
+        ratio_row("on the same CPU, our time over that of `torch.compile` of eager NormBT", "compiled", max),
         [
-            f"{BEHIND if overhead['ours'] > overhead['eager'] else ''}a whole training step of a tiny Llama, over BT's",
+            f"{BEHIND if overhead['ours'] > overhead['eager'] else ''}on the same CPU, a training step of a tiny "
+            "Llama, over BT's",
             f"ours {overhead['ours']:+.2f}%; eager NormBT {overhead['eager']:+.2f}%",
             command_of(step),
         ],

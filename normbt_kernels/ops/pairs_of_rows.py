@@ -3,10 +3,10 @@
     c_n = sum of dloss/dr over the pairs in which row n serves, times their upstream
 
 One kernel sums them, without atomics and in an order that depends on nothing but the inputs, so the same inputs give
-the same bits. Among few pairs each row looks for its own. Many are sorted by row, and it is found where each row's
-begin, both by PyTorch.
+the same bits. Each row looks through few pairs for its own. Many pairs are sorted by row, by PyTorch, which also finds
+where those of each row begin.
 
-Launches: one, and the sorting of many.
+Launches: one, and those of the sorting.
 """
 
 import torch
@@ -18,8 +18,8 @@ from normbt_kernels.ops.launch import cdiv
 from normbt_kernels.ops.launcher import Launch
 from normbt_kernels.ops.pairs import Vector, load_each, vector_stride
 
-# Rows x pairs, up to which each row looks through all pairs for its own. On an H100 (H=4096) backward took 7 us in this
-# way at 2^11.5, and 33 with sorting; 26 and 71 at 2^23.4, 59 and 80 at 2^25.4, 178 and 91 at 2^27.4.
+# Rows x pairs up to which each row looks through all pairs for its own. On an H100 (H=4096, 3 pairs to 2 rows) backward
+# took 7 us in this way at 2^11.5, and 33 with sorting; 26 and 71 at 2^23.4, 59 and 80 at 2^25.4, 178 and 91 at 2^27.4.
 MAX_SEARCHED = 2**26
 
 
@@ -76,7 +76,7 @@ def _sum_sorted_pairs_kernel(
 
 
 class PairsOfRows:
-    """The launches for N rows, and what comes before them."""
+    """The launch for N rows, and the sorting of many pairs."""
 
     def __init__(self, num_rows: int, gradient: Tensor, loss_gradient: Tensor):
         self.num_rows, self.num_pairs = num_rows, gradient.shape[1]
@@ -95,19 +95,20 @@ class PairsOfRows:
             )  # fmt: skip
 
     def _arguments(self, *tensors) -> tuple:
-        *pairs, gradient, loss_gradient, coefficient = tensors
+        *where, gradient, loss_gradient, coefficient = tensors
         upstream = loss_gradient, self.upstream_stride
-        return *pairs, gradient, upstream, coefficient, self.num_rows, self.num_pairs
+        return *where, gradient, upstream, coefficient, self.num_rows, self.num_pairs
 
     def run(self, pairs: Tensor, gradient: Tensor, loss_gradient: Tensor) -> Tensor:
         """c_n, (N,). pairs: (P, 2). gradient: (2, P). loss_gradient: (P,) or ()."""
         coefficient = gradient.new_empty(self.num_rows)
-        found = self._sort(pairs) if self.sorts else (pairs.contiguous(),)
-        self.sum((*found, gradient, loss_gradient, coefficient))
+        where = self._sort(pairs) if self.sorts else (pairs.contiguous(),)
+        self.sum((*where, gradient, loss_gradient, coefficient))
         return coefficient
 
     def _sort(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        # Row numbers of 32 bits halve the bytes that are sorted, which 64 would take beyond 1.05 of the floor.
+        """`order_ptr` and `start_ptr` of the kernel."""
+        # Row numbers of 32 bits halve the bytes that are sorted: with 64, all bytes would exceed 1.05 of the floor.
         row = pairs.T.to(torch.int32, memory_format=torch.contiguous_format).reshape(-1)
         row, order = torch.sort(row, stable=True)
         return order, torch.searchsorted(row, torch.arange(self.num_rows + 1, dtype=torch.int32, device=row.device))
