@@ -42,10 +42,8 @@ CONSTANTS = {
         "TILES_OF_A_PROGRAM": (1, 4, 16),
     },
 }
+READINGS = {"linear": "AHEAD", "reward": "AHEAD_WITHOUT_HEAD"}  # in `launch`, by entry
 Setting = tuple[int, ...]  # values of a phase's constants, in their order
-
-
-READINGS = {"linear": "AHEAD", "reward": "AHEAD_WITHOUT_HEAD"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
