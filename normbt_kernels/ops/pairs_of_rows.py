@@ -20,7 +20,9 @@ from normbt_kernels.ops.pairs import Vector, load_each, vector_stride
 
 # Rows x pairs up to which each row looks through all pairs for its own. On an H100 (H=4096, 3 pairs to 2 rows) backward
 # took 7 us in this way at 2^11.5, and 33 with sorting; 26 and 71 at 2^23.4, 59 and 80 at 2^25.4, 178 and 91 at 2^27.4.
+# Fewer rows than two programs on each of its multiprocessors should take as long as so many (not measured).
 MAX_SEARCHED = 2**26
+ROWS_AT_ONCE = 4096
 
 
 @triton.jit
@@ -71,7 +73,8 @@ def _sum_sorted_pairs_kernel(
         serves = turn[None, :] < count[:, None]
         place = tl.load(order_ptr + start[:, None] + turn[None, :], mask=serves, other=0)
         gradient = tl.load(gradient_ptr + place, mask=serves, other=0.0)
-        coefficient += gradient * load_upstream(upstream, place % num_pairs, serves, PER_PAIR, ACC)
+        gradient *= load_upstream(upstream, place % num_pairs, serves, PER_PAIR, ACC)
+        coefficient += tl.where(serves, gradient, 0.0)  # not 0 times an infinite upstream
     tl.store(coefficient_ptr + row, tl.sum(coefficient, axis=1), mask=exists)
 
 
@@ -81,7 +84,7 @@ class PairsOfRows:
     def __init__(self, num_rows: int, gradient: Tensor, loss_gradient: Tensor):
         self.num_rows, self.num_pairs = num_rows, gradient.shape[1]
         self.upstream_stride = vector_stride(loss_gradient)
-        self.sorts = num_rows * self.num_pairs > MAX_SEARCHED
+        self.sorts = max(num_rows, ROWS_AT_ONCE) * self.num_pairs > MAX_SEARCHED
         programs, per_pair, acc = (cdiv(num_rows, 16), 1, 1), loss_gradient.dim() == 1, triton_dtype(gradient.dtype)
         if self.sorts:
             self.sum = Launch(

@@ -159,14 +159,20 @@ def test_every_block_boundary_is_crossed(num_pairs, hidden_size, dtype, mu, cent
     assert_as_reference(case)
 
 
-@pytest.mark.parametrize("sorts", [False, True], ids=["searched", "sorted"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("num_pairs", "dtype"), [(3, torch.float64), (513, torch.bfloat16)])
-def test_rows_find_their_pairs(sorts, reduction, num_pairs, dtype, monkeypatch):
-    # One block of 512 pairs, and two, over blocks of 16 rows; the last row is in no pair, and one in half of them.
-    monkeypatch.setattr(pairs_of_rows, "MAX_SEARCHED", 0 if sorts else num_pairs * (num_pairs + 2))
+@pytest.fixture(params=["searched", "sorted"])
+def _pairs_of_rows(request, monkeypatch):
+    """How the kernels find the explicit pairs of each row."""
+    if request.param == "sorted":
+        monkeypatch.setattr(pairs_of_rows, "MAX_SEARCHED", 0)
     for module, name in ((autograd, "_passes"), (linear_gradient, "_plans")):
         monkeypatch.setattr(module, name, Plans())
+
+
+@pytest.mark.usefixtures("_pairs_of_rows")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("num_pairs", "dtype"), [(3, torch.float64), (513, torch.bfloat16)])
+def test_rows_find_their_pairs(reduction, num_pairs, dtype):
+    # One block of 512 pairs, and two, over blocks of 16 rows; the last row is in no pair, and one in half of them.
     case = linear_case(num_pairs, 2, dtype, layout="explicit", reduction=reduction)
     pairs = case.arguments["pairs"]
     pairs[::2, 0] = 1
@@ -175,6 +181,17 @@ def test_rows_find_their_pairs(sorts, reduction, num_pairs, dtype, monkeypatch):
     upstream = randn(num_pairs) if reduction == "none" else None
     assert_as_reference(case, upstream)
     assert_same_bits(ours(case, upstream), ours(case, upstream))
+
+
+@pytest.mark.usefixtures("_pairs_of_rows")
+@pytest.mark.parametrize("upstream", [float("inf"), float("nan")])
+def test_rows_in_no_pair_get_nothing_whatever_comes_from_above(upstream):
+    case = linear_case(5, 3, torch.float32, layout="explicit")
+    gradient = ours(case, torch.tensor(upstream, device=DEVICE)).gradients["hidden"]
+    served = torch.isin(torch.arange(len(gradient), device=DEVICE), case.arguments["pairs"])
+    assert 0 < served.sum() < len(served)
+    assert torch.equal(gradient[~served], torch.zeros_like(gradient[~served]))
+    assert not gradient[served].isfinite().any()
 
 
 @across_blocks

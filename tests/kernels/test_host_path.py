@@ -323,6 +323,17 @@ def test_a_repeated_launch_takes_the_kernel_that_triton_would(seed, repeated_lau
     assert min(repeated_launches.values()) > 0
 
 
+def test_gradients_of_16_bit_rewards_are_rounded_by_their_product():
+    case = reward_case(7, 3, torch.bfloat16)
+    inputs = leaves(case)
+    loss, _ = OURS["reward"](**inputs, **case.arguments, return_stats=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(loss, list(inputs.values()))
+    operators = Counter(event.name for event in profile.events())
+    assert operators["aten::mul"] == 1
+    assert not operators["aten::_to_copy"]
+
+
 def test_backward_serves_whatever_comes_from_above_and_whatever_is_asked_for():
     case = linear_case(4, 7, torch.float32, bias=False, reduction="none")
     inputs = leaves(case)
