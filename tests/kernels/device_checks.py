@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,7 @@ import reference
 from bench.graph_step import capture
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, pair_distance
 from normbt_kernels.files import write_whole
+from normbt_kernels.ops import pairs_of_rows
 from normbt_kernels.ops._triton import INTERPRETED
 
 ON_GPU = DEVICE.type == "cuda"
@@ -121,6 +123,22 @@ def tensors_on_another_device_than_the_current_one() -> str | None:
             assert torch.cuda.current_device() == 0
         assert result.loss.device == other
         torch.testing.assert_close(result.loss.to(DEVICE), ours(case).loss, **tolerance(torch.float32))
+    return None
+
+
+def calls_on_two_streams_at_once_are_those_of_one() -> str | None:
+    if not ON_GPU:
+        return "needs a GPU"
+    cases = [linear_case(4099, 1000, torch.bfloat16, layout=layout, mu=None) for layout in ("halves", "explicit")]
+    alone = [ours(case) for case in cases]
+    torch.cuda.synchronize()
+    streams, beside = [torch.cuda.Stream() for _ in cases], []
+    for case, stream in 20 * list(zip(cases, streams, strict=True)):
+        with torch.cuda.stream(stream):
+            beside.append(ours(case))
+    torch.cuda.synchronize()
+    for result, expected in zip(beside, itertools.cycle(alone), strict=False):
+        assert_same_bits(result, expected)
     return None
 
 
@@ -314,6 +332,8 @@ def a_little_of_everything() -> None:
             ours(linear_case(5, hidden_size, dtype, layout=layout, pooled=True, mu=None))
         ours(linear_case(5, hidden_size, dtype, layout="explicit", reduction="none"), torch.ones(5, device=DEVICE))
         ours(reward_case(5, hidden_size, dtype))
+    with patch.object(pairs_of_rows, "MAX_SEARCHED", 0):  # as many pairs are summed
+        ours(linear_case(7, 33, torch.bfloat16, layout="explicit"))
     if not INTERPRETED:
         ours(linear_case(3, 16385, torch.bfloat16))  # rows longer than a block
     step(LinearNormBTLoss().to(DEVICE), module_inputs("linear", 5))
@@ -327,6 +347,7 @@ CHECKS = {
         offsets_beyond_2_to_the_31_elements,
         same_inputs_same_bits_100_times,
         tensors_on_another_device_than_the_current_one,
+        calls_on_two_streams_at_once_are_those_of_one,
         no_step_makes_the_host_wait,
         replays_of_a_graph_are_eager_steps,
         graph_of_several_ranks_is_refused,
