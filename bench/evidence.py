@@ -22,6 +22,8 @@ from typing import Any
 
 from bench.goals import median
 from bench.quality_figure import label
+from bench.realistic_step import LABELS as STEPS
+from bench.realistic_step import OURS
 from normbt_kernels.commands.train_report import LABELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,20 +252,16 @@ def numbers() -> str:
 def headline() -> str:
     """What a call and a training step take on a GPU."""
     speed, step = results(f"{GPU}/speed.json"), results(f"{GPU}/realistic-step.json")
-
-    def times_as_fast(entry: str, num_pairs: int, rival: str) -> float:
-        rows = {r["contender"]: r for r in speed["rows"] if (r["entry"], r["num_pairs"]) == (entry, num_pairs)}
-        return median(rows[rival], "device") / median(rows["ours"], "device")
-
-    sizes = sorted({row["num_pairs"] for row in speed["rows"] if row["entry"] == "reward"})
-    copy, *rivals = (times_as_fast("linear", sizes[-1], rival) for rival in ("copy", "eager", "compiled", "bt-eager"))
+    times = times_of(speed, "device")
+    pairs, of_linear = max(times["linear"].items())
+    copy, *rivals = (of_linear[rival] / of_linear["ours"] for rival in ("copy", "eager", "compiled", "bt-eager"))
     eager, compiled, bt = (f"{ratio:.1f}" for ratio in rivals)
-    given_rewards = sorted(1 / times_as_fast("reward", size, "compiled") for size in sizes)
+    given_rewards = sorted(of["ours"] / of["compiled"] for of in times["reward"].values())
     settings, steps = step["settings"], {row["contender"]: row for row in step["rows"]}
     ours, both, grouped = (f"{steps[name]['time_ratio']:.2f}" for name in ("padded", "both", "trl-grouped"))
     gpu, hidden_size = speed["environment"]["device"]["name"], speed["rows"][0]["hidden_size"]
     text = (
-        f"On one {gpu} (P={sizes[-1]}, H={hidden_size}, bf16) the loss with its head reaches {copy:.0%} of a plain "
+        f"On one {gpu} (P={pairs}, H={hidden_size}, bf16) the loss with its head reaches {copy:.0%} of a plain "
         f"copy's speed, forward and backward: {eager} times as fast as eager NormBT, {compiled} as its "
         f"`torch.compile`, {bt} as eager BT. Given rewards, it takes {given_rewards[0]:.2f} to {given_rewards[-1]:.2f} "
         f"of the GPU time of `torch.compile`. A step of a Llama ({settings['layers']} layers, "
@@ -275,6 +273,15 @@ def headline() -> str:
 
 def command_of(file: dict[str, Any]) -> str:
     return f"`{file['environment']['command']}`"
+
+
+def times_of(speed: dict[str, Any], clock: str) -> dict[str, dict[int, dict[str, float]]]:
+    """Microseconds of what was measured, by entry, number of pairs and contender."""
+    times: dict[str, dict[int, dict[str, float]]] = {}
+    for row in speed["rows"]:
+        if row[clock]:
+            times.setdefault(row["entry"], {}).setdefault(row["num_pairs"], {})[row["contender"]] = median(row, clock)
+    return times
 
 
 def quality_rows() -> list[list[str]]:
@@ -334,23 +341,19 @@ def static_rows() -> list[list[str]]:
 
 def gpu_rows() -> list[list[str]]:
     large, few, step = (results(f"{GPU}/{name}.json") for name in ("speed", "goals/small/speed", "realistic-step"))
-    measured: dict[str, dict[int, dict[str, Any]]] = {}  # by entry, number of pairs and contender
-    for row in large["rows"]:
-        if row["device"]:
-            of_entry = measured.setdefault(row["entry"], {})
-            of_entry.setdefault(row["num_pairs"], {})[row["contender"]] = row
-    most = max(measured["linear"])
+    times = times_of(large, "device")
+    most = max(times["linear"])
     shares = []
-    for entry, of_entry in measured.items():
-        if max(of_entry) < most:  # more pairs did not fit
+    for entry, of_entry in times.items():
+        num_pairs, of = max(of_entry.items())
+        if num_pairs < most:  # more did not fit
             continue
-        rows = of_entry[max(of_entry)]
         rivals = ["eager", "compiled"]
         if entry != "reward":  # BT on given rewards reads no rows
             rivals.append("bt-eager")
-        ratios = [median(rows["ours"], "device") / median(rows[rival], "device") for rival in rivals]
+        ratios = [of["ours"] / of[rival] for rival in rivals]
         shown = ", ".join(f"**{ratio:.2f}**" if ratio > 1 else f"{ratio:.2f}" for ratio in ratios)
-        shares.append(f"{entry} {shown} and {rows['ours']['share_of_copy']['both']:.0%}")
+        shares.append(f"{entry} {shown} and {of['copy'] / of['ours']:.0%}")
     sizes: dict[tuple[int, int], dict[str, float]] = {}
     for row in few["rows"]:
         sizes.setdefault((row["num_pairs"], row["hidden_size"]), {})[row["contender"]] = median(row, "wall")
@@ -363,7 +366,6 @@ def gpu_rows() -> list[list[str]]:
     versions = environment["versions"]
     gpu = f"{environment['device']['name']} (torch {versions['torch']}, triton {versions['triton']})"
     settings, steps = step["settings"], {row["contender"]: row for row in step["rows"]}
-    names = {"padded": "padded", "late": "late pooling", "padding-free": "padding-free", "both": "both"}
 
     def of_trl(contender: str) -> str:
         low, high = steps[contender]["interval_95"]
@@ -386,7 +388,7 @@ def gpu_rows() -> list[list[str]]:
         [
             f"a whole training step on the same GPU over that of TRL with BT (Llama, {settings['layers']} layers, "
             f"H={settings['hidden_size']}, {settings['dtype']}, {steps['trl']['padding']:.0%} padding)",
-            "; ".join(f"{name} {of_trl(contender)}" for contender, name in names.items()),
+            "; ".join(f"{STEPS[contender]} {of_trl(contender)}" for contender in OURS),
             command_of(step),
         ],
     ]
@@ -396,11 +398,7 @@ def cpu_rows() -> list[list[str]]:
     margins, step, speed = (results(f"{CPU}/{name}.json") for name in ("bf16-margins", "train-step", "speed"))
     hub, ours = margins["shares"].values()
     overhead = {row["contender"]: row["overhead_percent"] for row in step["rows"]}
-    times: dict[str, dict[int, dict[str, float]]] = {}  # by entry, number of pairs and contender
-    for row in speed["rows"]:
-        if row["wall"]:
-            of_entry = times.setdefault(row["entry"], {})
-            of_entry.setdefault(row["num_pairs"], {})[row["contender"]] = median(row, "wall")
+    times = times_of(speed, "wall")
 
     def ratio_row(what: str, contender: str, *sizes: Callable[[Iterable[int]], int]) -> list[str]:
         """Our time over the contender's, at the smallest or the largest number of pairs of each entry, or at both."""

@@ -182,7 +182,7 @@ def _reward_gradients(passes: Passes, gradient: Tensor, loss_gradient: Tensor) -
     if gradient.dtype == dtype or is_watched((loss_gradient,)):
         gradient = cast(gradient * loss_gradient, dtype)
     else:  # `out=` rounds the product at once: one launch for both sides
-        gradient = torch.mul(gradient, loss_gradient, out=gradient.new_empty(gradient.shape, dtype=dtype))
+        gradient = torch.mul(gradient, loss_gradient, out=torch.empty_like(gradient, dtype=dtype))
     chosen, rejected = gradient.unbind()
     return cast(chosen, chosen_dtype), cast(rejected, rejected_dtype)
 
