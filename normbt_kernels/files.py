@@ -67,13 +67,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
-    """What an exception or one of its causes says about a file that could not be written; None if it says nothing.
+    """What an exception or one of its causes says about a file that could not be written, or may not be opened; None if
+    it says nothing.
 
     The libraries that write models replace the system's error with a text of their own.
     """
     while error is not None:
         text = str(error)
-        if isinstance(error, OSError) and error.errno in (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM):
+        if isinstance(error, PermissionError):  # to read or to write
+            return f"{error.filename or 'a file'}: {error.strerror}"
+        if isinstance(error, OSError) and error.errno in (*NO_ROOM, errno.EROFS):
             return f"{error.filename or 'a file'} cannot be written: {error.strerror}"
         for number in NO_ROOM:  # safetensors
             if f"(os error {number})" in text:

@@ -258,38 +258,6 @@ def test_text_ends_with_one_eos_and_conversations_as_the_template_says(causal_lm
 
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
-GOOD = {"chosen": "a", "rejected": "b"}
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([GOOD, {"chosen": "a"}], "row 2: no column 'rejected' (columns: chosen)"),
-        ([GOOD, "{"], "row 2: not JSON"),
-        ([GOOD, [1]], "row 2: not an object"),
-        ([GOOD, GOOD, {"chosen": "a", "rejected": ""}], "row 3: 'rejected' is neither text nor"),
-        ([{"chosen": "a", "rejected": [{"role": "user", "content": "b"}]}], "row 1: 'chosen' and 'rejected' must both"),
-        ([{"chosen": [{"content": "a"}], "rejected": "b"}], "row 1: 'chosen' has a message that is not"),
-        ([GOOD | {"margin": "wide"}], "row 1: 'margin' is not a finite number: 'wide'"),
-        ([GOOD | {"margin": 1}, GOOD], "row 2: no margin, but other rows have one"),
-        ([], ": no rows"),
-    ],
-)
-def test_bad_rows_are_named(tmp_path, lines, message):
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    with pytest.raises(UserError) as error:
-        load_preferences(str(path), None, "train")
-    assert str(error.value).startswith(str(path))
-    assert message in str(error.value)
-
-
-def test_row_numbers_are_line_numbers_despite_blank_lines(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n\n\n{}\n")
-    with pytest.raises(UserError, match="row 4"):
-        load_preferences(str(path), None, "train")
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

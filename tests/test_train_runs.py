@@ -140,6 +140,10 @@ def test_every_librarys_word_for_a_full_disk_is_understood(error):
     assert disk_trouble(RuntimeError("shape mismatch")) is None
 
 
+def test_a_file_that_may_not_be_opened_is_not_said_to_be_written():
+    assert disk_trouble(PermissionError(13, "Permission denied", "weights")) == "weights: Permission denied"
+
+
 def test_where_nothing_can_be_written_nothing_is_loaded(checkpoint, tmp_path, monkeypatch, capsys):
     from normbt_kernels.commands import train_job
 

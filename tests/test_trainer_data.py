@@ -340,6 +340,7 @@ def test_collator_names_the_columns_that_it_got(tokenizer):
         (IDS | {"chosen_ids": []}, "pair 2 of the batch: 'chosen_ids' is empty"),
         (IDS | {"margin": None}, "pair 2 of the batch: 'margin' is not a finite number: None"),
         (IDS, "pair 2 of the batch: 'margin' is not a finite number: None"),
+        (IDS | {"margin": 10**400}, "pair 2 of the batch: 'margin' is not a finite number: 1000"),
     ],
 )
 def test_collator_refuses_what_it_would_have_to_make_up(tokenizer, row, message):

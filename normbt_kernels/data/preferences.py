@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 from normbt_kernels.data import STDLIB_FAULTS
@@ -88,7 +87,7 @@ def parse_row(row: Any, where: str) -> Preference:
     A text prompt is put before text answers unchanged. If the prompt or the answers are messages, the prompt begins the
     conversation and the answers end it; messages that the answers repeat from the prompt are kept once. `system` opens
     the conversation. Messages keep all their fields except those that are None, which a table writes where other rows
-    have a value. RewardBench calls the category `subset`.
+    have a value. Numbers may be text, as they are in CSV. RewardBench calls the category `subset`.
 
     Raises:
         UserError: the row is not a preference pair; the message names `where`.
@@ -126,9 +125,13 @@ def _without_none(value: Any) -> Any:
 def _number(value: Any, name: str, where: str) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise UserError(f"{where}: {name!r} is not a finite number: {value!r}")
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where}: {name!r} is not a finite number: {value!r:.80}")
+    return number
 
 
 def _template_arguments(row: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from normbt_kernels.errors import UserError, first_line
 
@@ -42,20 +43,27 @@ def check_columns(row: Any, names: Iterable[str], where: str) -> None:
             raise UserError(f"{where}: no column {name!r} (columns: {', '.join(map(str, row)) or 'none'})")
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, which is unpacked if it is .gz.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            yield from lines
+    except (OSError, EOFError, zlib.error) as error:  # gzip's, for a file that is cut off, damaged or not gzip
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def _read_jsonl(path: Path) -> Rows:
-    with _open(path) as lines:
-        for number, line in enumerate(_readable(lines, path), start=1):
-            if line.strip():
-                yield number, _parse_json(line, f"{path}, row {number}")
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield number, _parse_json(line, f"{path}, row {number}")
 
 
 def _read_json(path: Path) -> Rows:
-    with _open(path) as file:
-        rows = _parse_json(b"".join(_readable(file, path)), str(path))
+    rows = _parse_json(b"".join(_lines(path)), str(path))
     if not isinstance(rows, list):
         raise UserError(f"{path}: not a list of rows (one JSON object per line is .jsonl)")
     yield from enumerate(rows, start=1)
@@ -69,30 +77,22 @@ def _parse_json(text: bytes, where: str) -> Any:
 
 
 def _read_csv(path: Path) -> Rows:
-    """Values are text, except that empty ones become None and those of the columns in `NUMBERS` become numbers."""
-    with _open(path) as file:
-        try:
-            lines = (line.decode("utf-8-sig") for line in _readable(file, path))
-            for number, row in enumerate(csv.DictReader(lines, strict=True), start=1):
-                yield number, {name: _csv_value(name, value) for name, value in row.items() if name is not None}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not CSV in UTF-8 ({error})") from error
-
-
-def _csv_value(name: str, value: str | None) -> str | float | None:
-    if not value:
-        return None
+    """Values are text; empty ones become None."""
+    csv.field_size_limit(2**31 - 1)  # the most that every platform takes; the default refuses texts over 131072
     try:
-        return float(value) if name in NUMBERS else value
-    except ValueError:
-        return value  # the check of the row will refuse it
-
-
-def _readable(lines: IO[bytes], path: Path) -> Iterator[bytes]:
-    try:
-        yield from lines
-    except (OSError, EOFError) as error:  # gzip raises these for a file that is cut off or is not gzip
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        lines = filter(None, csv.reader((line.decode("utf-8-sig") for line in _lines(path)), strict=True))
+        header = next(lines, [])
+        if twice := [name for name in header if name and header.count(name) > 1]:
+            raise UserError(f"{path}: two columns are called {twice[0]!r}")
+        for number, values in enumerate(lines, start=1):
+            if len(values) != len(header):
+                raise UserError(
+                    f"{path}, row {number}: {len(values)} fields, but the header names {len(header)} columns (a text "
+                    "with commas needs quotes)"
+                )
+            yield number, {name: value or None for name, value in zip(header, values, strict=True)}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not CSV in UTF-8 ({error})") from error
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -104,6 +104,8 @@ def _read_parquet(path: Path) -> Rows:
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not Parquet ({first_line(error)})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def _read_hub(name: str, config: str | None, split: str) -> Rows:
@@ -111,7 +113,9 @@ def _read_hub(name: str, config: str | None, split: str) -> Rows:
 
     try:
         dataset = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:  # datasets' own errors derive from these
+    except datasets.exceptions.DatasetGenerationError as error:  # which says only that an error occurred
+        raise UserError(f"{name}: {first_line(error.__cause__ or error)}") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{name}: {first_line(error)}") from error
     yield from enumerate(dataset, start=1)
 

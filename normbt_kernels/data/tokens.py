@@ -125,13 +125,13 @@ def check_ids(row: Row, where: str, vocabulary: int | None = None) -> None:
             )
     for name in NUMBERS:
         if name in row and not _is_finite(row[name]):
-            raise UserError(f"{where}: {name!r} is not a finite number: {row[name]!r}")
+            raise UserError(f"{where}: {name!r} is not a finite number: {row[name]!r:.80}")
 
 
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except TypeError:
+    except (TypeError, OverflowError):
         return False
 
 
