@@ -111,6 +111,56 @@ def test_a_stopped_run_says_how_to_continue_and_continues(checkpoint, tmp_path, 
     assert "bt is trained already" in capsys.readouterr().out
 
 
+def test_a_run_of_several_processes_is_not_continued_by_one(checkpoint, capsys, monkeypatch):
+    """A step of two processes has the pairs of two batches."""
+    from transformers import TrainingArguments
+
+    from normbt_kernels.commands import train as command
+
+    def stopped(name, options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "world_size", 2)
+        patch.setattr(command, "make_loss", stopped)
+        assert train() == 130
+    assert "to continue: give the same command again, with --resume-from-checkpoint last" in capsys.readouterr().err
+    assert train("--resume-from-checkpoint", "last") == 2
+    assert "out was trained with processes = 2, not 1" in capsys.readouterr().err
+
+
+def test_numbers_may_be_infinite(checkpoint, capsys):
+    infinite = ("--max-weight", "inf", "--max-grad-norm", "inf")
+    assert train(*infinite) == 0
+    assert train(*infinite, "--resume-from-checkpoint", "last") == 0
+    assert "normbt is trained already" in capsys.readouterr().out
+    assert train("--max-weight", "inf", "--resume-from-checkpoint", "last") == 2
+    assert "out was trained with max_grad_norm = Infinity, not 1.0" in capsys.readouterr().err
+
+
+def test_all_held_out_pairs_are_judged_even_if_training_drops_its_last_batch(checkpoint, tmp_path):
+    assert train("--dataloader-drop-last", True, "--eval-strategy", "steps", "--eval-steps", 1) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["groups"][0]["num_pairs"] == 10
+    assert "eval_accuracy" in results["losses"]["normbt"]["history"][0]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--prediction-loss-only True", "leave out --prediction-loss-only True: the report needs all rewards at once"),
+        ("--eval-use-gather-object True", "leave out --eval-use-gather-object True"),
+        ("--eval-do-concat-batches False", "leave out --eval-do-concat-batches False"),
+        ("--batch-eval-metrics True", "leave out --batch-eval-metrics True"),
+        ("--label-smoothing-factor 0.1", "use --loss bt-smoothing or normbt-smoothing, with --label-smoothing"),
+    ],
+)
+def test_options_of_trainer_that_leave_nothing_to_report_are_refused(checkpoint, tmp_path, capsys, option, message):
+    assert train(*option.split()) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_is_one_line_and_the_run_continues(checkpoint, capsys):
     """A limit on the size of a file, in the middle of a run: what a full disk does to whoever writes."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)

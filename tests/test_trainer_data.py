@@ -238,7 +238,9 @@ def test_grouping_by_length_goes_by_the_longer_side_and_leaves_predictions_in_or
     assert trainer.predict(rows).predictions[1].tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("option", [{"batch_eval_metrics": True}, {"eval_do_concat_batches": False}])
+@pytest.mark.parametrize(
+    "option", [{"batch_eval_metrics": True}, {"eval_do_concat_batches": False}, {"dataloader_drop_last": True}]
+)
 def test_the_metrics_do_not_depend_on_how_evaluation_is_cut(model, tokenizer, tmp_path, option):
     rows = [IDS, {"chosen_ids": [9, 1], "rejected_ids": [10, 7, 1]}, IDS, IDS | {"chosen_ids": [9, 10]}, IDS]
     trainer = make_trainer(model, tokenizer, tmp_path)
@@ -248,6 +250,13 @@ def test_the_metrics_do_not_depend_on_how_evaluation_is_cut(model, tokenizer, tm
     metrics = trainer.evaluate(rows)
     for name in ("eval_accuracy", "eval_margin"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+def test_there_is_a_prediction_for_each_row_even_if_training_drops_its_last_batch(model, tokenizer, tmp_path):
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=[TEXT] * 5)
+    trainer.args.dataloader_drop_last = True
+    assert len(trainer.predict([TEXT] * 5).predictions[0]) == 5
+    assert len(trainer.get_train_dataloader()) == 2  # batches of two pairs
 
 
 def test_a_folder_and_a_processor_do_for_a_model_and_a_tokenizer(tokenizer, tmp_path):

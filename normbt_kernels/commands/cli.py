@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 Judging = TypeVar("Judging", EvaluateOptions, DiagnoseOptions)
 
 DEMO_OUTPUT_DIR = "normbt-demo"
+# What `normbt train` needs of Trainer: the rewards of all held-out pairs, as arrays.
+ALL_REWARDS = {
+    "prediction_loss_only": False,
+    "batch_eval_metrics": False,
+    "eval_do_concat_batches": True,
+    "eval_use_gather_object": False,
+}
 
 TRAIN_DESCRIPTION = f"""\
 Train a reward model with NormBT and the Hugging Face Trainer.
@@ -250,7 +257,7 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         code = _say(error)
         refused = isinstance(error, run_folder.OtherRun)  # the same command would be refused again
-        line = None if refused else run_folder.continuing(arguments.command_line, output_dir)
+        line = None if refused else run_folder.continuing(arguments.command_line, output_dir, args.world_size)
         if line is not None and args.process_index == 0:
             print(f"to continue: {line}", file=sys.stderr)
         return code
@@ -269,9 +276,13 @@ def _training_arguments(command_line: list[str], defaults: dict[str, Any]) -> Tr
     if others:
         known = [*parser._option_string_actions, *map(flag, (option.name for option in fields(TrainOptions)))]
         raise UserError(f"unrecognized arguments: {' '.join(others)}{_did_you_mean(others, known)}")
-    if args.batch_eval_metrics or not args.eval_do_concat_batches:
+    for name, needed in ALL_REWARDS.items():
+        if getattr(args, name) != needed:
+            raise UserError(f"leave out {flag(name)} {not needed}: the report needs all rewards at once")
+    if args.label_smoothing_factor:
         raise UserError(
-            "leave out --batch-eval-metrics and --eval-do-concat-batches False: the report needs all rewards at once"
+            "--label-smoothing-factor smooths the labels of tokens, and pairs have none: use --loss bt-smoothing or "
+            "normbt-smoothing, with --label-smoothing"
         )
     if args.n_gpu > 1:
         print(f"using 1 of {args.n_gpu} GPUs; for all: torchrun --nproc-per-node {args.n_gpu} -m normbt_kernels train")

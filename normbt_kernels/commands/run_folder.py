@@ -96,12 +96,13 @@ def begin(folder: Path, made_from: dict[str, Any]) -> None:
             )
 
 
-def made_from(options: TrainOptions, args: TrainingArguments, **fingerprints: str) -> dict[str, Any]:
-    """Everything that determines a training run, as plain JSON values."""
-    facts = asdict(options) | args.to_dict() | fingerprints
+def made_from(options: TrainOptions, args: TrainingArguments, **others: Any) -> dict[str, Any]:
+    """Everything that determines a training run, as plain JSON values; a number that is not finite becomes text."""
+    facts = asdict(options) | args.to_dict() | others
     if options.learning_rate is not None:
         facts["learning_rate"] = options.learning_rate[0] if len(options.learning_rate) == 1 else options.learning_rate
-    return json.loads(json.dumps({name: value for name, value in facts.items() if name not in FREE}, default=str))
+    text = json.dumps({name: value for name, value in facts.items() if name not in FREE}, default=str)
+    return json.loads(text, parse_constant=str)
 
 
 def save_finished(folder: Path, trained: Trained) -> None:
@@ -134,10 +135,12 @@ def how_to_load(folder: Path) -> str:
     return f": AutoModelForSequenceClassification.from_pretrained({str(folder)!r})"
 
 
-def continuing(command_line: Sequence[str], folder: Path) -> str | None:
+def continuing(command_line: Sequence[str], folder: Path, processes: int) -> str | None:
     """The command that continues the run in `folder`; None if it has not begun."""
     if not (folder / RECORD_NAME).exists():
         return None
+    if processes > 1:
+        return "give the same command again, with --resume-from-checkpoint last"  # its launcher is not in our arguments
     words = list(command_line)
     if "--resume-from-checkpoint" in words:
         at = words.index("--resume-from-checkpoint")

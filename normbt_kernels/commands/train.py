@@ -66,12 +66,13 @@ def run(job: Job, options: TrainOptions, args: TrainingArguments, keep_checkpoin
     run_folder.check_checkpoint(args.resume_from_checkpoint, [output_dir / trial.name for trial in planned])
     rows = {name: (loss_rows(name, job.train_rows), loss_rows(name, job.eval_rows)) for name in job.losses}
     set_seed(args.seed)
-    prints = {
+    others = {
         "training pairs": rows_fingerprint(job.train_rows),
         "held-out pairs": rows_fingerprint(job.eval_rows),
         "model": model_fingerprint(job.make_model()),
+        "processes": args.world_size,  # each has batches of its own: a step has as many times the pairs
     }
-    made_from = run_folder.made_from(options, args, **prints)
+    made_from = run_folder.made_from(options, args, **others)
     if args.process_index == 0:
         run_folder.begin(output_dir, made_from)
     columns: dict[str, list[report.Trained]] = {}

@@ -7,6 +7,7 @@ datasets.IterableDataset, torch stream       read as they come; the log names th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,15 +90,27 @@ class PairsInTrainer:
         return tokenized.select(kept) if hasattr(tokenized, "select") else [tokenized[i] for i in kept]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """As in `Trainer`; a data set given here may hold text or messages too."""
+        """As in `Trainer`; a data set given here may hold text or messages too, and every pair is judged."""
         if not isinstance(eval_dataset, str):
             eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
+        with self._last_batch():
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
         """As in `Trainer`; the data set may hold text or messages too, but no pair longer than `max_length`, because
         there is a prediction for each row."""
-        return super().get_test_dataloader(self._tokenized(test_dataset, "test_dataset", whole=True))
+        test_dataset = self._tokenized(test_dataset, "test_dataset", whole=True)
+        with self._last_batch():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _last_batch(self) -> Iterator[None]:
+        """Has a data loader keep its last batch: `dataloader_drop_last` is about the pairs that are trained on."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         """As in `Trainer`; the length of a pair is that of its longer sequence."""
