@@ -43,6 +43,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 KERNEL_TESTS = sorted(ROOT.glob("tests/kernels/test_*.py"))
 SANITIZED = (PYTHON, "tests/kernels/device_checks.py", "a_little_of_everything")
 NO_GPU = "no GPU"
+NO_TRL = "trl, whose trainer it is compared with, is not installed"
 SUMMARISED = ("device-checks", "training", "goals")  # whose results are part of the summary
 
 
@@ -198,7 +199,7 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
             (PYTHON, "-m", "bench", "train-step", "--realistic", "--out", str(out), *shape),
             120,
             writes=[out / "realistic-step.json"],
-            skip=no_use if installed("trl") else "trl, whose trainer it is compared with, is not installed",
+            skip=no_use if installed("trl") else NO_TRL,
             leaves=0,
             optional=True,
         ),
@@ -212,6 +213,16 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
             optional=True,
         ),
         Stage(
+            "flex step",  # which PyTorch compiles first, and on a CPU does not train
+            (PYTHON, "-m", "bench", "train-step", "--realistic", "--attention", "flex_attention",
+             "--contender", "padding-free", "--out", str(out / "flex-step"), "--steps", "4"),
+            150,
+            writes=[out / "flex-step" / "realistic-step.json"],
+            skip=no_gpu if installed("trl") else NO_TRL,
+            leaves=0,
+            optional=True,
+        ),
+        Stage(
             "scaling",
             (PYTHON, "-m", "bench", "scaling", "--quick", "--out", str(out)),
             120,
@@ -220,14 +231,18 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
             leaves=0,
             optional=True,
         ),
-        Stage(
-            "tune",
-            (PYTHON, "-m", "bench", "tune", "--quick", "-P", "64", "65536", "-H", "4096", "--out", str(out)),
-            120,
-            writes=[out / "tune.json"],
-            skip=no_gpu,
-            leaves=0,
-            optional=True,
+        *(
+            Stage(
+                name,
+                (PYTHON, "-m", "bench", "tune", "--quick", "--entry", entry, "-P", "64", "65536", "-H", "4096",
+                 "--out", str(folder)),
+                120,
+                writes=[folder / "tune.json"],
+                skip=no_gpu,
+                leaves=0,
+                optional=True,
+            )
+            for name, entry, folder in (("tune", "linear", out), ("tune reward", "reward", out / "tune-reward"))
         ),
     ]  # fmt: skip
 

@@ -99,7 +99,8 @@ def test_results_of_an_earlier_run_do_not_pass_for_this_ones(tmp_path):
 
 def test_only_what_needs_a_gpu_is_skipped_without_one(tmp_path, monkeypatch):
     stages = [*checks(tmp_path, smoke=True, gpu=False), *measurements(tmp_path, smoke=True, gpu=False)]
-    assert {s.name for s in stages if s.skip == "no GPU"} == {"memcheck", "racecheck", "goals: graph", "tune"}
+    needs_gpu = {"memcheck", "racecheck", "goals: graph", "flex step", "tune", "tune reward"}
+    assert {s.name for s in stages if s.skip == "no GPU"} == needs_gpu
     assert len({s.name for s in stages}) == len(stages)
     at_full_size = measurements(tmp_path, smoke=False, gpu=False)
     assert {s.name for s in at_full_size if s.skip is None} == {"goals"}  # which only reads
