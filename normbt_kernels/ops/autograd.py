@@ -266,7 +266,11 @@ class LaunchedPasses(Passes):
             Upstream(gradient, loss_gradient, head_gradient), head_weight, hidden,
             Layout(pairs, last_token, self.layout, self.hidden_shape),
         )  # fmt: skip
-        kind = needs, loss_gradient.dtype, loss_gradient.stride()
+        # The strides of forward are not enough: hooks on saved tensors (offloading) may give back contiguous copies.
+        kind = (
+            needs, loss_gradient.dtype, loss_gradient.stride(), head_weight.stride(),
+            None if hidden is None else hidden.stride(), None if last_token is None else last_token.stride(),
+        )  # fmt: skip
         plan = self._backward.get(kind)
         if plan is None:
             bias_dtype = self.dtypes[4] or head_weight.dtype

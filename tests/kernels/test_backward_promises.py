@@ -1,5 +1,7 @@
 """What backward reads, keeps, computes and leaves alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import (
@@ -70,6 +72,22 @@ def test_backward_without_reduction_keeps_hidden_only_for_a_trained_head(trained
         forward(case, inputs)
     storages = {tensor.untyped_storage().data_ptr() for tensor in saved}
     assert (inputs["hidden"].untyped_storage().data_ptr() in storages) == trained
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_saved_tensors_may_come_back_with_other_strides(reduction):
+    """Offloading gives back a contiguous copy of what was a slice, and the next step may go without it."""
+    case = linear_case(reduction=reduction, pooled=True, stride="every second column")
+    weight, last_token = (
+        torch.stack([x, x], dim=1)[:, 0] for x in (case.inputs["weight"], case.arguments["last_token"])
+    )
+    case = replace(case, inputs=case.inputs | {"weight": weight}).having(last_token=last_token)
+    upstream = torch.ones(3 if reduction == "none" else (), device=DEVICE)
+    expected = ours_without_stats(case, upstream).gradients
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda tensor: tensor):
+        loss = forward(case, inputs := leaves(case))
+    gradients = torch.autograd.grad(loss, list(inputs.values()), upstream)
+    assert_same_bits(dict(zip(inputs, gradients, strict=True)), expected)
 
 
 @pytest.mark.parametrize("wanted", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias"), ()])
