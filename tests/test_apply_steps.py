@@ -192,3 +192,17 @@ def test_torch_compile_gives_the_gradients_of_eager_mode():
     with torch.no_grad():
         compiled(**batch)
     assert mu_of(model) == mu_of(plain)
+
+
+@pytest.mark.slow
+def test_a_model_that_was_compiled_and_called_before_is_weighed():
+    plain, model = make_model(num_hidden_layers=1), make_model(num_hidden_layers=1)
+    batch = make_batch()
+    model.compile(backend="eager")
+    bt_loss(model, batch).backward()
+    model.zero_grad()
+    for each in (plain, model):
+        apply_normbt(each)
+        bt_loss(each, batch).backward()
+    assert_gradients_of(model, plain)
+    assert mu_of(model) == mu_of(plain)

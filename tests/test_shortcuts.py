@@ -227,6 +227,26 @@ def test_compiled_the_model_stays_one_graph():
     assert len(graphs) == 1
 
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+
+@pytest.mark.slow
+def test_a_model_that_was_compiled_and_called_before_gets_them():
+    model, batch = make_model(num_hidden_layers=1), make_batch(3)
+    compiled = torch.compile(Wrapper(model), backend="eager")
+    with torch.no_grad():
+        compiled(**batch)
+        install_shortcuts(model, late_pooling=True)
+        compiled(**batch)
+    assert model.normbt_shortcuts._compared
+
+
 # --- refused, and nothing is changed -------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,12 @@ def refuse_fused_liger(args: Any) -> None:
         raise UserError(f"use_liger_kernel=True replaces the model's forward {KEEP_THE_FORWARD}")
 
 
+def compile_anew() -> None:
+    """Drops what Dynamo has compiled: a forward that was compiled before a hook was registered never calls the hook."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 def last_token(is_token: Tensor) -> Tensor:
     """Position of the last real token of each sequence, `(N, S)` mask -> `(N,)` int64, for padding on either side."""
     positions = torch.arange(is_token.shape[1], device=is_token.device)
@@ -160,7 +167,7 @@ class HeadReader:
     One pass would not be enough, because without padding the last position is the last token. The host waits for the
     device in these comparisons.
 
-    The hooks are registered once: torch.compile traces hooks when it first compiles and never looks for new ones.
+    The hooks are registered once, as torch.compile traces them when it first compiles and never looks for new ones.
 
     Args:
         head: as `find_head` finds it.
@@ -260,6 +267,7 @@ class ModelInputs:
     """
 
     def __init__(self, owner: nn.Module | None):
+        compile_anew()
         self.owner = owner
         self._inputs: Mapping[str, Any] | None = None
         self._hooks = ()

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from normbt_kernels.data.packing import pack, unpack
 from normbt_kernels.errors import UserError, first_line
-from normbt_kernels.integrations.head import Head, HeadReader, find_head, last_token, logits_of, mask_of, text_config
+from normbt_kernels.integrations.head import (
+    Head,
+    HeadReader,
+    compile_anew,
+    find_head,
+    last_token,
+    logits_of,
+    mask_of,
+    text_config,
+)
 from normbt_kernels.integrations.late_pooling import Narrowing, OfEachForward, modules_to_narrow
 
 # These kinds of attention need no mask over all pairs of tokens of a row, so a batch is one long row.
@@ -59,6 +68,7 @@ def install_shortcuts(model: nn.Module, *, late_pooling: bool = False, padding_f
         )
     if hasattr(head.owner, "normbt_shortcuts"):
         raise UserError(f"this {type(head.owner).__name__} has shortcuts already: call remove_shortcuts(model) first")
+    compile_anew()
     head.owner.normbt_shortcuts = Shortcuts(head, late_pooling, padding_free)
 
 
