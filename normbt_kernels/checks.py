@@ -31,7 +31,7 @@ def loss_options(
     if not (type(label_smoothing) is type(center_coef) is type(eps) is type(power) is float):
         given = {"label_smoothing": label_smoothing, "center_coef": center_coef, "eps": eps, "power": power}
         for name, value in given.items():
-            if not _is_number(value):
+            if not is_number(value):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -43,7 +43,7 @@ def loss_options(
     if not 0 <= power < math.inf:
         raise ValueError(f"power must be finite and >= 0 (1 is NormBT, 0 plain Bradley-Terry), got {power}")
     if max_weight is not None:
-        if type(max_weight) is not float and not _is_number(max_weight):
+        if type(max_weight) is not float and not is_number(max_weight):
             raise TypeError(f"max_weight must be a number or None, got {type(max_weight).__name__}")
         if not max_weight > 0:
             raise ValueError(f"max_weight must be > 0 or None for no cap, got {max_weight}")
@@ -64,7 +64,7 @@ def mu_of(mu: float | Tensor | None, hidden: Tensor) -> Mu:
             if isinstance(hidden, Tensor):
                 _check_device("mu", mu, hidden.device)
             return Mu(tensor=mu.detach())
-        if not _is_number(mu):
+        if not is_number(mu):
             raise TypeError(f"mu must be a number, a 0-d tensor or None, got {type(mu).__name__}")
     if not 0 <= mu < math.inf:
         raise ValueError(f"mu must be finite and >= 0, got {mu}")
@@ -155,7 +155,7 @@ def _is_vector(tensor: Tensor, size: int) -> bool:
     return len(shape) in (1, 2) and shape[0] == size and (len(shape) == 1 or shape[1] == 1)
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
     return isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 

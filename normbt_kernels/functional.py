@@ -10,7 +10,7 @@ from normbt_kernels.checks import linear_inputs, loss_options, mu_of, reward_inp
 from normbt_kernels.ops.autograd import pair_loss
 from normbt_kernels.ops.pair_distance import measure_distances
 from normbt_kernels.ops.pairs import RowPairs
-from normbt_kernels.ops.terms import LossOptions, LossResult, Mu, Scores
+from normbt_kernels.ops.terms import LossOptions, Mu, Scores
 
 
 class NormBTStats(NamedTuple):
@@ -67,8 +67,7 @@ def normbt_loss(
 
     Returns:
         The loss, or (loss, stats); () or with reduction "none" (P,). fp64 if the rewards or the hidden states are,
-        else fp32. No pairs: 0 (an empty vector with "none"), and gradients of 0. The stats are views of what
-        backward needs: copy them before changing them in place.
+        else fp32. No pairs: 0 (an empty vector with "none"), and gradients of 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was seen.
@@ -146,9 +145,7 @@ def loss_and_stats(
 ) -> Tensor | tuple[Tensor, NormBTStats]:
     """What both forms and both modules return for checked inputs."""
     result = pair_loss(rows, scores, mu, options, return_stats)
-    return (result.loss, stats_of(result)) if return_stats else result.loss
-
-
-def stats_of(result: LossResult) -> NormBTStats:
+    if not return_stats:
+        return result.loss
     distance, weight, chosen_rewards, rejected_rewards = result.pair_stats
-    return NormBTStats(chosen_rewards, rejected_rewards, distance, weight, *result.batch_stats)
+    return result.loss, NormBTStats(chosen_rewards, rejected_rewards, distance, weight, *result.batch_stats)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from normbt_kernels.checks import linear_inputs, loss_options, reward_inputs
+from normbt_kernels.checks import is_number, linear_inputs, loss_options, reward_inputs
 from normbt_kernels.functional import NormBTStats, loss_and_stats
 from normbt_kernels.ops.autograd import pair_weights
 from normbt_kernels.ops.ema import EMA, ArrayCache, move_mu_now
@@ -52,7 +52,8 @@ class DistanceEMA(nn.Module):
     stored.
 
     A step without pairs, or with a distance that is not finite, leaves mu as it was; if it was the first, pairs weigh 1
-    until there is a mu. A step that a GradScaler skips is no step: its pairs count with those of the next one.
+    until there is a mu. A step that a GradScaler skips is no step: its pairs count with those of the next one. (A fused
+    optimizer skips on the device, where only it looks: for mu that is a step like any other.)
 
     With torch.distributed initialised, the ranks of `process_group` share mu. They add two floats once a step, while
     the next forward runs; reading `mu`, `num_updates` or the `state_dict` before that waits for the sum. All ranks must
@@ -83,7 +84,7 @@ class DistanceEMA(nn.Module):
         power: float = 1.0,
     ):
         super().__init__()
-        if not isinstance(beta, (int, float)) or isinstance(beta, bool):
+        if not is_number(beta):
             raise TypeError(f"beta must be a number, got {type(beta).__name__}")
         if not 0 <= beta < 1:
             raise ValueError(f"beta must be in [0, 1), got {beta}")
@@ -180,10 +181,6 @@ class DistanceEMA(nn.Module):
         moved = Reduction(None, self.pending.clone(), mu.clone(), num_updates.clone())
         self.pending.zero_()
         self._reduction = moved._replace(work=dist.all_reduce(moved.pending, group=group, async_op=True))
-
-    def synchronize(self) -> None:
-        """Waits for a sum over ranks that has not arrived yet. Reading `mu` does the same."""
-        self._settle()
 
     def _settle(self) -> None:
         """Puts right, in place, what has been done to the buffers, and moves them by the sum that was on its way."""

@@ -203,3 +203,13 @@ def test_layout_apart_refuses_what_it_cannot_weigh():
         model(**make_batch(3))
     with pytest.raises(ValueError, match="do not cancel"):
         bt_loss_apart(model, make_batch(), center_coef=0.05).backward()
+
+
+def test_layout_apart_finds_back_after_a_batch_that_was_left_in_the_middle():
+    """As a loop that skips a batch for which memory does not suffice."""
+    model = make_model()
+    apply_normbt(model, "apart")
+    model(**make_batch(1))
+    with pytest.raises(ValueError, match="or an earlier forward on chosen ones had none"):
+        bt_loss_apart(model, make_batch(2)).backward()
+    bt_loss_apart(model, make_batch(2)).backward()

@@ -309,6 +309,21 @@ def test_head_that_does_not_give_the_rewards_is_refused(model, tokenizer, tmp_pa
     assert trainer.pair_loss.num_updates == 0
 
 
+def test_the_model_can_be_called_after_a_forward_that_was_interrupted(model, tokenizer, tmp_path):
+    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
+    expected = model.eval()(**batch).logits
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=make_rows(4))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[-1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    hook.remove()
+    torch.testing.assert_close(model.eval()(**batch).logits, expected, rtol=0, atol=0)
+
+
 def test_ligers_forward_is_refused_and_its_other_kernels_are_not(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"liger_kernel_config={'fused_linear_cross_entropy': False}"):
         make_trainer(model, tokenizer, tmp_path, use_liger_kernel=True)

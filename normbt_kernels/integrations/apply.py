@@ -229,7 +229,11 @@ class PairWeights(DistanceEMA):
         if torch.is_grad_enabled():
             _refuse_second_backward()
         if batch.weight is None:
-            raise ValueError("layout='apart': a backward came before the forward on the rejected sequences")
+            self._chosen = None  # the next forward is one on chosen sequences again
+            raise ValueError(
+                "layout='apart': a backward came before the forward on the rejected sequences, or an earlier forward "
+                "on chosen ones had none: leave out this batch"
+            )
         dtype = torch.promote_types(gradient.dtype, batch.weight.dtype)
         side = cast(_at(pooled, gradient).view(-1), dtype)
         if self._backwards_to_check > 0:

@@ -201,7 +201,7 @@ class HeadReader:
                 are not those of the rows.
         """
         rows, scored = self._rows, self._scored
-        self._expected = self._tokens = self._rows = self._scored = None
+        self.forget()
         if rows is None:
             raise UserError(f"the forward of the model did not call its scalar head {self._name!r}: {CANNOT_FOLLOW}")
         if rewards.numel() != len(rows):
@@ -213,6 +213,10 @@ class HeadReader:
             self._compare(rewards.detach().reshape(-1).to(scored), scored)
             self._to_compare -= 1
         return rows
+
+    def forget(self) -> None:
+        """Ends the reading, also of a forward pass that did not reach its end."""
+        self._expected = self._tokens = self._rows = self._scored = None
 
     def _compare(self, rewards: Tensor, scored: Tensor) -> None:
         if not torch.allclose(rewards, scored, equal_nan=True):

@@ -37,7 +37,11 @@ class LossInSteps:
                 f"a batch holds all chosen sequences, then as many rejected: got {num_sequences} sequences"
             )
         self.head_reader.expect(inputs["input_ids"])
-        outputs = model(**{name: value for name, value in inputs.items() if name not in NUMBERS})
+        try:
+            outputs = model(**{name: value for name, value in inputs.items() if name not in NUMBERS})
+        except BaseException:
+            self.head_reader.forget()
+            raise
         return outputs, self.head_reader.take(logits_of(outputs))
 
     def _terms(self, outputs: Any, rows: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """The `normbt::` operators: one schema, one fake, one implementation and one Autograd kernel each.
 
 The implementation is registered for every device and asks `backend.uses_kernels` itself, because the
-CPU is served by the closed form or by Triton's interpreter, whichever the process runs with.
+CPU is served by numpy or by Triton's interpreter, whichever the process runs with.
 
 An eager call that nothing watches does not need the dispatcher, which costs more than the loss of a small batch:
 callers then run the implementation themselves. `is_watched` tells.

@@ -8,9 +8,7 @@ from torch import Tensor
 from normbt_kernels.ops.ema import EMA
 from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype
 
-# Rows of the (4, P) table of per-pair statistics, and entries of the (3,) statistics of the batch.
-DISTANCE, WEIGHT, CHOSEN_REWARD, REJECTED_REWARD = range(4)
-MEAN_DISTANCE, BT_LOSS, ACCURACY = range(3)
+WEIGHT = 1  # its row in `LossResult.pair_stats`
 
 
 class LossOptions(NamedTuple):
@@ -72,8 +70,8 @@ class LossResult(NamedTuple):
     loss: Tensor  # (), or (P,) with reduction "none"
     gradient: Tensor | None  # (2, P) of the loss with respect to the chosen and the rejected rewards
     head_gradient: Tensor | None  # (H + 1,) of weight and bias for an upstream gradient of 1
-    pair_stats: Tensor | None  # (4, P)
-    batch_stats: Tensor | None  # (3,)
+    pair_stats: Tensor | None  # (4, P): distance, weight, chosen and rejected reward
+    batch_stats: Tensor | None  # (3,): mean distance, BT loss, accuracy
 
     @classmethod
     def allocate(

@@ -180,6 +180,7 @@ def test_module_names_the_argument_and_changes_nothing(form, change, error, mess
 
 CONSTRUCTOR = [
     *OPTIONS,
+    ({"beta": True}, TypeError, "beta must be a number, got bool"),
     ({"beta": 1.0}, ValueError, "beta .* got 1.0"),
     ({"beta": -0.1}, ValueError, "beta .* got -0.1"),
     ({"beta": math.nan}, ValueError, "beta .* got nan"),

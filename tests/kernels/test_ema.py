@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ both_modules = pytest.mark.parametrize("module", [NormBTLoss, LinearNormBTLoss])
 @both_modules
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_mu_follows_the_formula_and_weighs_with_the_value_from_before(module, implementation):
-    loss_fn = module(beta=BETA, eps=0.0)
+    loss_fn = module(beta=np.float64(BETA), eps=0.0)
     # Means 2, 6, 1: mu = 2, then 0.9*2 + 0.1*6 = 2.4, then 0.9*2.4 + 0.1*1 = 2.26.
     for distances, mu_before, mu_after in [([1.0, 3.0], 2.0, 2.0), ([6.0], 2.0, 2.4), ([0.5, 1.5], 2.4, 2.26)]:
         with implementation():
