@@ -30,7 +30,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,7 @@ class Experiment:
         """When the first and the last run ended."""
         times = [path.stat().st_mtime for path in self.folder.glob("*.npz")]
         return {
-            name: datetime.fromtimestamp(end, timezone.utc).isoformat(timespec="seconds")
+            name: datetime.fromtimestamp(end, UTC).isoformat(timespec="seconds")
             for name, end in (("first", min(times)), ("last", max(times)))
         }
 

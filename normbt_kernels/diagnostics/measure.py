@@ -19,7 +19,7 @@ from normbt_kernels.data.tokens import LeftOut, check_ids, tokenize_pair
 from normbt_kernels.diagnostics.diagnosis import Diagnosis
 from normbt_kernels.errors import UserError
 from normbt_kernels.functional import linear_normbt_loss
-from normbt_kernels.integrations.head import Head, HeadReader, find_head
+from normbt_kernels.integrations.head import Head, HeadReader, compile_anew, find_head
 from normbt_kernels.resumable import fingerprint, map_resumable
 
 
@@ -150,6 +150,7 @@ def _reading(model: nn.Module, head: Head) -> Iterator[HeadReader]:
     """A reader of the head of `model`, which is in evaluation mode meanwhile and afterwards as it was."""
     modes = [(module, module.training) for module in model.modules()]
     reader = HeadReader(head)
+    compile_anew()
     model.eval()
     try:
         yield reader

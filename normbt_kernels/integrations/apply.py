@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from normbt_kernels.checks import LAYOUTS, row_pairs
-from normbt_kernels.integrations.head import NUM_CHECKED, ModelInputs, each_at, find_head
+from normbt_kernels.integrations.head import NUM_CHECKED, ModelInputs, compile_anew, each_at, find_head
 from normbt_kernels.integrations.optimizer_steps import follow_optimizer_of
 from normbt_kernels.modules import DistanceEMA, inside_backward
 from normbt_kernels.ops.pairs import RowPairs, cast
@@ -139,6 +139,7 @@ class PairWeights(DistanceEMA):
         # This hook runs first: a pooled head's own hook expands the (N, 1) rewards that it needs.
         self._hook = head.register_forward_hook(self._after_head, prepend=True, with_kwargs=True)
         head.normbt = self
+        compile_anew()
 
     def detach(self, head: nn.Linear) -> None:
         self._hook.remove()

@@ -123,7 +123,7 @@ def refuse_fused_liger(args: Any) -> None:
 
 
 def compile_anew() -> None:
-    """Drops what Dynamo has compiled: a forward that was compiled before a hook was registered never calls the hook."""
+    """Drops what Dynamo has compiled: a forward that it compiled before a hook was registered never calls the hook."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
@@ -271,7 +271,6 @@ class ModelInputs:
     """
 
     def __init__(self, owner: nn.Module | None):
-        compile_anew()
         self.owner = owner
         self._inputs: Mapping[str, Any] | None = None
         self._hooks = ()

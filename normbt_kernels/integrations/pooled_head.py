@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normbt_kernels.errors import UserError
-from normbt_kernels.integrations.head import ModelInputs, each_at, find_head, last_token, mask_of
+from normbt_kernels.integrations.head import ModelInputs, compile_anew, each_at, find_head, last_token, mask_of
 
 
 def pool_head(model: nn.Module, head: nn.Linear | None = None) -> PooledHead:
@@ -36,6 +36,7 @@ def pool_head(model: nn.Module, head: nn.Linear | None = None) -> PooledHead:
         raise UserError(f"no module of {type(model).__name__} around its head takes input_ids")
     head.__class__ = PooledHead
     head._attach(found.owner)
+    compile_anew()
     return head
 
 

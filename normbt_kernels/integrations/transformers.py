@@ -31,7 +31,7 @@ from normbt_kernels.data.checkpoints import (
 from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.tokens import LeftOut
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger, text_config
+from normbt_kernels.integrations.head import HeadReader, compile_anew, find_head, refuse_fused_liger, text_config
 from normbt_kernels.integrations.pooled_head import PooledHead
 from normbt_kernels.integrations.shortcuts import install_shortcuts, packing_for
 from normbt_kernels.integrations.trainer_data import PairsInTrainer
@@ -186,6 +186,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         if in_fp32:
             head.module.__class__ = PooledHead
         self.head, self.head_reader = head.module, HeadReader(head, pool=in_fp32)
+        compile_anew()
         if any(self._shortcuts.values()):
             install_shortcuts(model, **self._shortcuts)
         if self._shortcuts["padding_free"] and isinstance(collator, PreferenceCollator):

@@ -23,7 +23,7 @@ from normbt_kernels.data.tokens import is_identical
 from normbt_kernels.errors import UserError
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import HeadReader, find_head, refuse_fused_liger
+from normbt_kernels.integrations.head import HeadReader, compile_anew, find_head, refuse_fused_liger
 from normbt_kernels.integrations.shortcuts import install_shortcuts
 from normbt_kernels.integrations.trainer_steps import LossInSteps
 from normbt_kernels.modules import NormBTLoss
@@ -95,6 +95,7 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         if warning := head.warning_if_frozen():
             logger.warning(warning)
         self.head_reader = HeadReader(head)
+        compile_anew()
         if late_pooling or padding_free:
             install_shortcuts(self.model, late_pooling=late_pooling, padding_free=padding_free)
         self.pair_loss = NormBTLoss(
