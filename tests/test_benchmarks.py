@@ -173,6 +173,14 @@ def test_the_command_scores_each_answer_by_the_models_own_logits(checkpoint, tmp
     assert "Left out 1 questions longer than 50 tokens." in printed
 
 
+@pytest.mark.parametrize("judged", [["--benchmark", "rm-bench"], []], ids=["benchmark", "pairs"])
+def test_a_token_that_the_model_has_no_embedding_for_is_refused(tmp_path, capsys, judged):
+    folder, data = save(make_model("llama", vocab_size=11), tmp_path, pad_token="<pad>"), tmp_path / "data.json"
+    data.write_text(json.dumps([RM if judged else {"chosen": "w1 w2", "rejected": "w1 w5"}]))
+    assert cli.main(["evaluate", str(folder), "--dataset", str(data), *judged]) == 2
+    assert "'rejected_ids' has the token 11, but the model has embeddings for 11" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("benchmark", "row"), [("rm-bench", RM), ("judgebench", JUDGE)])
 def test_the_command_takes_every_benchmark_by_name(checkpoint, tmp_path, capsys, benchmark, row):
     data = tmp_path / "data.json"

@@ -208,6 +208,7 @@ def test_models_that_cannot_be_diagnosed(change, message):
     [
         ([], {}, "there are no pairs"),
         ([{"chosen": "a"}], {}, "pairs, row 1: no column 'rejected'"),
+        ([{"chosen_ids": [5, 32], "rejected_ids": [6]}], {}, "row 1: 'chosen_ids' has the token 32, but the model has"),
         (make_rows(3), {"max_length": 2}, "3 of 3 pairs are longer than 2 tokens"),
         (make_rows(3), {"num_gradients": 0}, "at least 1, got 0 and 8"),
         (make_rows(3), {"eps": 0.0}, "above 0, got 0.0 and 100.0"),

@@ -182,6 +182,29 @@ def test_a_torch_stream_of_raw_rows_trains(model, tokenizer, tmp_path):
     make_trainer(model, tokenizer, tmp_path, train_dataset=Stream([TEXT, PROMPT, TEXT, PROMPT])).train()
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stream_of_which_no_pair_is_left_ends_as_in_trainer(model, tokenizer, tmp_path, messages, accumulation):
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=Stream([SAME] * 8))
+    trainer.args.gradient_accumulation_steps = accumulation
+    assert trainer.train().global_step == 0
+    assert "There seems not to be a single sample in your epoch_iterator" in messages.text
+
+
+@pytest.mark.parametrize("kind", [list, Stream, datasets.Dataset.from_list], ids=["list", "torch stream", "Dataset"])
+@pytest.mark.parametrize("row", ["TEXT", "IDS"])
+def test_a_column_of_numbers_that_is_empty_is_none(model, tokenizer, tmp_path, kind, row):
+    rows = [{"TEXT": TEXT, "IDS": IDS}[row] | {"margin": None, "pair_weight": 2.0}] * 4
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=kind(rows))
+    assert set(next(iter(trainer.get_train_dataloader()))) == {"input_ids", "attention_mask", "pair_weight"}
+
+
+def test_a_stream_says_which_number_is_missing(model, tokenizer, tmp_path):
+    rows = datasets.Dataset.from_list([TEXT | {"margin": 1.0}, TEXT | {"margin": None}]).to_iterable_dataset()
+    trainer = make_trainer(model, tokenizer, tmp_path, train_dataset=rows)
+    with pytest.raises(ValueError, match="train_dataset, row 2: no margin: a stream has one in each row, or no column"):
+        list(trainer.train_dataset)
+
+
 @pytest.mark.parametrize("as_dataset", [False, True], ids=["list", "Dataset"])
 def test_token_ids_are_held_to_the_length_too(model, tokenizer, tmp_path, messages, as_dataset):
     rows = [IDS, IDS | {"chosen_ids": [6] * 5}]

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from normbt_kernels._version import versions
 from normbt_kernels.commands.arguments import EvaluateOptions
 from normbt_kernels.data.built_in import GENERATED
-from normbt_kernels.data.checkpoints import load_model, load_scoring_tokenizer, token_limit, vocabulary_size
+from normbt_kernels.data.checkpoints import load_model, load_scoring_tokenizer, token_limit
 from normbt_kernels.data.preferences import Preference, load_preferences, parse_row
-from normbt_kernels.data.tokens import LeftOut, check_ids, prepare
+from normbt_kernels.data.tokens import LeftOut, prepare
 from normbt_kernels.errors import UserError
 from normbt_kernels.evaluation import SECTION_OF, SECTIONS, Accuracy, accuracy, score_pairs
 from normbt_kernels.results import aligned, write_results
@@ -42,8 +42,6 @@ def run(options: EvaluateOptions) -> None:
     for remark in prepared.remarks:
         print(remark)
     classifier = load_model(options.model, tokenizer, options.dtype).to(options.device)
-    for number, row in enumerate(rows, start=1):
-        check_ids(row, f"pair {number}", vocabulary_size(classifier))
 
     partial = None if options.out is None else partial_path(options.out)
     rewards = score_pairs(classifier, tokenizer, rows, options.batch_size, partial)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from normbt_kernels.data.checkpoints import vocabulary_size
 from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.preferences import parse_row
 from normbt_kernels.data.tokens import LeftOut, check_ids, tokenize_pair
@@ -78,7 +79,7 @@ def diagnose(
     backbone = [weight for weight in model.parameters() if weight.requires_grad and weight not in of_head]
     if not backbone:
         raise UserError("every weight but the head's is frozen: there is no backbone gradient to measure")
-    rows = _token_ids(pairs, tokenizer)
+    rows = _token_ids(pairs, tokenizer, vocabulary_size(model))
     if not rows:
         raise UserError("there are no pairs")
     left_out = LeftOut(math.inf if max_length is None else max_length)
@@ -129,12 +130,14 @@ def partial_files(partial: Path) -> tuple[Path, Path]:
     return rewards, gradients
 
 
-def _token_ids(pairs: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Mapping[str, Any]]:
+def _token_ids(
+    pairs: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None
+) -> list[Mapping[str, Any]]:
     rows = []
     for number, row in enumerate(pairs, start=1):
         where = f"pairs, row {number}"
         rows.append(row if "chosen_ids" in row else tokenize_pair(parse_row(dict(row), where), tokenizer))
-        check_ids(rows[-1], where)
+        check_ids(rows[-1], where, vocabulary)
     return rows
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from normbt_kernels.data.checkpoints import vocabulary_size
 from normbt_kernels.data.collator import PreferenceCollator
-from normbt_kernels.data.tokens import num_tokens
+from normbt_kernels.data.tokens import check_ids, num_tokens
 from normbt_kernels.resumable import fingerprint, map_resumable
 
 
@@ -33,7 +34,12 @@ def score_pairs(
         rows: token ids, as `tokenize_pair` makes them.
         batch_size: pairs per forward pass, which has twice as many sequences.
         partial: a file that keeps the rewards until all are there (`map_resumable`).
+
+    Raises:
+        UserError: a row has an empty side, or a token that the model has no embedding for.
     """
+    for number, row in enumerate(rows, start=1):
+        check_ids(row, f"pair {number}", vocabulary_size(model))
     collate = PreferenceCollator(tokenizer)
     order = sorted(range(len(rows)), key=lambda i: -num_tokens(rows[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -61,7 +67,7 @@ def score_sequences(
 ) -> np.ndarray:
     """The rewards `(N,)` of N sequences of token ids, each scored once: `score_pairs`, two neighbours at a time.
 
-    Args: as `score_pairs`.
+    Args, Raises: as `score_pairs`.
     """
     rows = [
         {"chosen_ids": sequences[i], "rejected_ids": sequences[min(i + 1, len(sequences) - 1)]}

@@ -143,6 +143,8 @@ class _Reader:
     def ids(self, row: Mapping[str, Any], index: int) -> tuple[Mapping[str, Any], list[str]]:
         """The row's token ids, and what is to be said of it."""
         where = f"{self.name}, row {index + 1}"
+        if any(name in row and row[name] is None for name in NUMBERS):
+            row = {name: value for name, value in row.items() if value is not None}
         ids, remarks = row, []
         if not row.keys() >= set(SIDES):
             pair = replace(parse_row(dict(row), where), category=None)
@@ -150,7 +152,7 @@ class _Reader:
             looks_wrong = remark(pair, ids, self.tokenizer)
             remarks += [] if looks_wrong is None else [looks_wrong]
         for column in self.numbers:
-            if ids.get(column) is None:
+            if column not in ids:
                 raise UserError(f"{where}: no {column}, but other rows have one")
         check_ids(ids, where, self.vocabulary)
         if self.truncate and num_tokens(ids) > self.left_out.max_length:
@@ -176,12 +178,13 @@ def _read_all(dataset: Any, read: _Reader) -> tuple[Any, list[str], list[list[st
     columns = getattr(dataset, "column_names", None)
     if columns is None or not hasattr(dataset, "map"):
         rows = [dataset[i] for i in range(len(dataset))]
-        read.numbers = tuple(name for name in NUMBERS if any(name in row for row in rows))
+        read.numbers = tuple(name for name in NUMBERS if any(row.get(name) is not None for row in rows))
         tokenized, remarks = zip(*(read.ids(row, i) for i, row in enumerate(rows)), strict=True)
         same = all(new is old for new, old in zip(tokenized, rows, strict=True))
         return dataset if same else list(tokenized), [read.left_out.verdict(ids) for ids in tokenized], list(remarks)
 
-    read.numbers = tuple(name for name in NUMBERS if name in columns)
+    given = [name for name in NUMBERS if name in columns]
+    read.numbers = tuple(name for name in given if any(value is not None for value in dataset[name]))
     stays = set(SIDES) <= set(columns) and not read.truncate
 
     def looked_at(row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -190,19 +193,25 @@ def _read_all(dataset: Any, read: _Reader) -> tuple[Any, list[str], list[list[st
         return ({} if stays else dict(ids)) | {"verdict": read.left_out.verdict(ids), "remarks": "\n".join(remarks)}
 
     made = dataset.map(looked_at, with_indices=True, remove_columns=columns, desc=f"reading {read.name}")
-    tokenized = dataset if stays else made.remove_columns(["verdict", "remarks"])
+    if stays:
+        tokenized = dataset.remove_columns([name for name in given if name not in read.numbers])
+    else:
+        tokenized = made.remove_columns(["verdict", "remarks"])
     return tokenized, list(made["verdict"]), [text.splitlines() for text in made["remarks"]]
 
 
 def _tokenized_stream(dataset: Any, read: _Reader) -> Any:
     """A `datasets.IterableDataset`, still streaming."""
     columns = dataset.column_names or list(next(iter(dataset), {}))
-    read.numbers = tuple(name for name in NUMBERS if name in columns)
+    numbers = [name for name in NUMBERS if name in columns]
 
     def ids(rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         row = {name: values[0] for name, values in rows.items()}
+        if missing := [name for name in numbers if row.get(name) is None]:
+            where = f"{read.name}, row {indices[0] + 1}"
+            raise UserError(f"{where}: no {missing[0]}: a stream has one in each row, or no column of that name")
         kept = read.kept(row, indices[0])
-        names = [*SIDES, *read.numbers]
+        names = [*SIDES, *numbers]
         return {name: [] if kept is None else [kept[name]] for name in names}
 
     return dataset.map(ids, with_indices=True, batched=True, batch_size=1, remove_columns=columns)

@@ -74,7 +74,8 @@ class LossInSteps:
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in `Trainer`: the micro-batches of one step. Before the first step, their mean distance is measured."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if num_batches > 1 and isinstance(self.pair_loss, DistanceEMA) and not self.pair_loss.first_step_ended:
+        has_ema = isinstance(self.pair_loss, DistanceEMA)
+        if batches and num_batches > 1 and has_ema and not self.pair_loss.first_step_ended:
             self.pair_loss.begin_with(self._distances(batches))
         return batches, num_items
 
