@@ -3,6 +3,7 @@
 import torch
 
 import reference
+from normbt_kernels.functional import linear_normbt_loss
 from normbt_kernels.modules import DistanceEMA
 from tests.tiny_classifiers import gradients
 
@@ -19,6 +20,13 @@ def bt_loss(model, batch, layout="halves", **options):
     return reference.normbt_loss(
         rewards[chosen], rewards[rejected], hidden[chosen], hidden[rejected], frozen_weight=ones, **options
     )
+
+
+class LinearBTLoss(torch.nn.Module):
+    """Plain Bradley-Terry on what the head reads, as somebody's own module: it has no memory and no other form."""
+
+    def forward(self, hidden, weight, bias=None, **options):
+        return linear_normbt_loss(hidden, weight, 1.0, bias=bias, power=0.0, **options)
 
 
 class Eager:

@@ -287,13 +287,13 @@ def test_the_built_in_model_is_trained_with_plain_bt(monkeypatch):
     """Without the margins that its pairs have."""
     calls = []
 
-    class Watched(command.LinearBTLoss):
+    class Watched(command.LinearNormBTLoss):
         def forward(self, hidden, weight, bias=None, **options):
             loss, stats = super().forward(hidden, weight, bias, **options)
             calls.append((hidden.double() @ weight[0].double(), loss.double()))
             return loss, stats
 
-    monkeypatch.setattr(command, "LinearBTLoss", Watched)
+    monkeypatch.setattr(command, "LinearNormBTLoss", Watched)
     monkeypatch.setattr(command, "FEW_STEPS", 2)
     monkeypatch.setattr(generated, "NUM_TRAIN_PAIRS", 64)
     command._half_trained(GENERATED, generated.make_tokenizer(), "cpu")

@@ -14,7 +14,7 @@ from normbt_kernels.commands.losses import loss_rows, make_loss
 from normbt_kernels.data import generated
 from normbt_kernels.data.tokens import tokenize
 from normbt_kernels.errors import UserError
-from normbt_kernels.integrations.transformers import PreferenceCollator
+from normbt_kernels.integrations.transformers import PreferenceCollator, loss_and_form
 
 NUM_PAIRS, HIDDEN_SIZE = 8, 16
 
@@ -51,6 +51,9 @@ def test_each_loss_is_its_formula(rows, hidden, name, smoothing):
     loss = make_loss(name, options)(hidden, head, **constants)
 
     chosen, rejected = hidden.chunk(2)
+    on_rewards, fused = loss_and_form(make_loss(name, options), "its weight is elsewhere")
+    assert not fused
+    torch.testing.assert_close(on_rewards(chosen @ head, rejected @ head, chosen, rejected, **constants), loss)
     d, distance = (chosen - rejected) @ head, (chosen - rejected).norm(dim=1)
     margin = torch.tensor([row["margin"] for row in rows], dtype=torch.float64)
     base, variant = ("normbt", name[6:]) if name.startswith("normbt") else ("bt", name[2:])

@@ -16,8 +16,10 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss
-from normbt_kernels.commands.losses import LinearBTLoss
+from normbt_kernels.commands.arguments import TrainOptions
+from normbt_kernels.commands.losses import make_loss
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
+from tests.bradley_terry import LinearBTLoss
 from tests.tiny_classifiers import gradients, make_model
 from tests.tiny_pairs import make_rows
 from tests.tiny_trainer import make_trainer, pooled_rows
@@ -34,7 +36,7 @@ def model():
 def test_bt_step_equals_a_hand_written_eager_step(model, tokenizer, tmp_path):
     rows = make_rows(4)
     eager = copy.deepcopy(model)
-    trainer = make_trainer(model, tokenizer, tmp_path, LinearBTLoss(), train_dataset=rows, max_steps=1)
+    trainer = make_trainer(model, tokenizer, tmp_path, make_loss("bt", TrainOptions()), train_dataset=rows, max_steps=1)
     trainer.train()
 
     rewards = eager.score(pooled_rows(eager, PreferenceCollator(tokenizer)(rows)))[:, 0]

@@ -13,9 +13,9 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForSequenceClassification
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss
-from normbt_kernels.commands.losses import LinearBTLoss
 from normbt_kernels.integrations.head import Head, find_head
 from normbt_kernels.integrations.transformers import PreferenceCollator
+from tests.bradley_terry import LinearBTLoss
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import EOS, make_rows
 from tests.tiny_trainer import make_trainer, pooled_rows

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from normbt_kernels._version import versions
 from normbt_kernels.commands.arguments import DiagnoseOptions
 from normbt_kernels.commands.evaluate import built_in_pairs
-from normbt_kernels.commands.losses import LinearBTLoss, loss_rows
+from normbt_kernels.commands.losses import loss_rows
 from normbt_kernels.commands.train import LossOnTheBar, one_device
 from normbt_kernels.data.built_in import GENERATED, BuiltIn, find_built_in
 from normbt_kernels.data.checkpoints import load_model, load_training_tokenizer, token_limit
@@ -19,6 +19,7 @@ from normbt_kernels.data.tokens import LeftOut, checked_rows, tokenize
 from normbt_kernels.diagnostics.measure import diagnose, partial_files
 from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.transformers import NormBTTrainer
+from normbt_kernels.modules import LinearNormBTLoss
 from normbt_kernels.results import write_results
 from normbt_kernels.resumable import partial_path
 
@@ -90,7 +91,7 @@ def _half_trained(built_in: BuiltIn, tokenizer: PreTrainedTokenizerBase, device:
             one_device(TrainingArguments(folder, seed=SEED, use_cpu=device == "cpu", report_to="none", **args)),
             train_dataset=loss_rows("bt", rows),
             processing_class=tokenizer,
-            loss=LinearBTLoss(),
+            loss=LinearNormBTLoss(power=0.0),
             keep_identical=True,  # identical pairs have no gradient under BT
         )
         trainer.remove_callback(ProgressCallback)

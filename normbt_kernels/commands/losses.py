@@ -12,42 +12,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
 from normbt_kernels.commands.arguments import DEFAULT_SMOOTHING, TrainOptions
 from normbt_kernels.errors import UserError
-from normbt_kernels.functional import linear_normbt_loss
 from normbt_kernels.modules import LinearNormBTLoss
 
 
-class LinearBTLoss(nn.Module):
-    """Plain Bradley-Terry by the same fused function: with power 0, every NormBT weight is 1."""
+def make_loss(name: str, options: TrainOptions) -> LinearNormBTLoss:
+    """The module for one of `LOSS_NAMES`, to be called on rows that `loss_rows` made.
 
-    def __init__(self, label_smoothing: float = 0.0, center_coef: float = 0.0):
-        super().__init__()
-        self.label_smoothing = label_smoothing
-        self.center_coef = center_coef
-
-    def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **kwargs: Any) -> Any:
-        return linear_normbt_loss(
-            hidden,
-            weight,
-            1.0,
-            bias=bias,
-            label_smoothing=self.label_smoothing,
-            center_coef=self.center_coef,
-            power=0.0,
-            **kwargs,
-        )
-
-
-def make_loss(name: str, options: TrainOptions) -> nn.Module:
-    """The module for one of `LOSS_NAMES`. Call it like `LinearNormBTLoss`, on rows that `loss_rows` made."""
+    Bradley-Terry is NormBT with power 0, where every weight is 1. So the trainer can turn any of them into a loss on
+    rewards, where it cannot fuse the head.
+    """
     smoothing = 0.0
     if name.endswith("-smoothing"):
         smoothing = DEFAULT_SMOOTHING if options.label_smoothing is None else options.label_smoothing
     if not name.startswith("normbt"):
-        return LinearBTLoss(smoothing, options.center_coef)
+        return LinearNormBTLoss(power=0.0, label_smoothing=smoothing, center_coef=options.center_coef)
     return LinearNormBTLoss(
         beta=options.beta,
         eps=options.eps,

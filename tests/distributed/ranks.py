@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, apply_normbt
-from normbt_kernels.commands.losses import LinearBTLoss
 from normbt_kernels.integrations.head import HeadReader, find_head
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
 from normbt_kernels.modules import DistanceEMA
+from tests.bradley_terry import LinearBTLoss
 from tests.tiny_classifiers import make_model
 from tests.tiny_pairs import make_rows, make_tokenizer
 
