@@ -63,6 +63,22 @@ def test_ties_score_by_hand():
     assert scores(rewardbench2.count(questions, rewards))["Ties"] == (pytest.approx(by_hand, abs=1e-7),)
 
 
+@pytest.mark.parametrize("place", [("ref:7", 1), ("tied:7", 0), ("tied:7", 2)], ids=["ref", "right", "wrong"])
+def test_a_reward_in_ties_that_is_not_a_number_wins_no_comparison(place):
+    questions = [
+        question("Ties", *shape) for shape in ((2, 1, "ref:7"), (3, 2, "tied:7"), (2, 1, "ref:8"), (3, 2, "tied:8"))
+    ]
+    # prompt 7: margins 5 and 2, spread 1; prompt 8: margins 0.5, spread 2
+    rewards = {"ref:7": [6, 1], "tied:7": [4, 3, 1], "ref:8": [1, 0.5], "tied:8": [5, 3, 2.5]}
+    name, answer = place
+    rewards[name][answer] = math.nan
+    is_ref = name.startswith("ref")
+    by_hand = 0.3 * (2 if is_ref else 1) / 2 + 0.3 * (1 if is_ref else 2) / 2 + 0.2 * is_ref / 2
+    report = rewardbench2.count(questions, arrays(*rewards.values()))
+    assert scores(report)["Ties"] == (pytest.approx(by_hand + 0.01 * math.tanh(0.5 / 2 - 1), abs=1e-7),)
+    assert report.num_nan == 1
+
+
 def test_rm_bench_by_hand():
     # Concise, detailed and Markdown answers. Rows of right[i, j]: chosen style i > rejected style j.
     rewards = arrays(

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoTokenizer
 
+from normbt_kernels.commands import run_folder
 from normbt_kernels.commands import train_report as report
 from normbt_kernels.data.look import look
 from normbt_kernels.data.tokens import LeftOut, Prepared, check_known
@@ -76,6 +78,21 @@ def test_a_run_is_not_continued_with_other_pairs_another_model_or_other_options(
     other.score.weight.data.add_(1)
     save(other, tmp_path / "model", pad_token="<pad>")
     refused("out was trained with model = ", *resume)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_trial"),
+    [
+        *((name, True) for name in ("bt", "normbt-margin-out", "bt-lr1e-05-seed42", "normbt-seed43")),
+        *((name, False) for name in ("normbt_kernels", "bts", "bt-notes")),
+    ],
+)
+def test_other_folders_in_an_output_folder_are_no_run(tmp_path, name, is_trial):
+    (tmp_path / name).mkdir()
+    run_folder.check(tmp_path, None)  # empty
+    (tmp_path / name / "file").write_text("")
+    with pytest.raises(UserError, match=f"already holds {name}: ") if is_trial else nullcontext():
+        run_folder.check(tmp_path, None)
 
 
 def test_a_checkpoint_of_another_model_is_not_continued(checkpoint, tmp_path, capsys):
@@ -330,6 +347,18 @@ def test_the_look_counts_what_a_person_would_want_to_know():
     assert "1 of 6 pairs are longer than 3 tokens" in text
     assert "held-out pairs that are training pairs too, on which accuracy says nothing: 1" in text
     assert len(lines) <= 10
+
+
+@pytest.mark.parametrize(
+    ("pairs", "reason"),
+    [
+        ([ids([6], [6])], "1 of 1 pairs are the same tokens on both sides$"),
+        ([ids([6] * 4, [7])], r"1 of 1 pairs are longer than 3 tokens \(--max-length\)$"),
+    ],
+)
+def test_the_option_is_named_that_left_out_all_pairs(pairs, reason):
+    with pytest.raises(UserError, match=f"none of the pairs is left: {reason}"):
+        LeftOut(3).told(pairs)
 
 
 def test_hopeless_data_are_refused():

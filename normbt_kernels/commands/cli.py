@@ -1,6 +1,7 @@
 """The command line `normbt`: one function per command, which imports what it needs only when it runs.
 
-Exit codes: 0 done; 1 the self-check failed; 2 something the user can put right, said in one line; 130 interrupted.
+Exit codes: 0 done; 1 the self-check failed, or a bug, with its traceback; 2 something the user can put right, said in
+one line; 130 interrupted.
 """
 
 from __future__ import annotations

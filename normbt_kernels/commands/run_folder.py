@@ -69,8 +69,12 @@ def _holds(folder: Path) -> str | None:
     for name in (RESULTS_NAME, RECORD_NAME):
         if (folder / name).exists():
             return name
-    trials = [path.name for path in folder.glob("*/") if path.name.startswith(LOSS_NAMES) and any(path.iterdir())]
+    trials = [path.name for path in folder.glob("*/") if _is_trial(path.name) and any(path.iterdir())]
     return min(trials, default=None)
+
+
+def _is_trial(name: str) -> bool:
+    return any(name == loss or name.startswith((f"{loss}-lr", f"{loss}-seed")) for loss in LOSS_NAMES)
 
 
 def begin(folder: Path, made_from: dict[str, Any]) -> None:

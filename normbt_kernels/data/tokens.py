@@ -185,7 +185,8 @@ class LeftOut:
         kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict == "kept"]
         reasons = self.reasons(verdicts)
         if not kept:
-            raise UserError(f"none of the {kind} is left: {' and '.join(reasons)} (--max-length)")
+            option = " (--max-length)" if "too long" in verdicts else ""
+            raise UserError(f"none of the {kind} is left: {' and '.join(reasons)}{option}")
         return kept, reasons
 
 

@@ -9,7 +9,8 @@
     overall        mean of the subsets
 
 The functions of the package `rewardbench` 0.1.4 count the same, except that they give a best-of-four tie between k
-answers 1/k. Here a tie is wrong, and counted.
+answers 1/k, and that one reward which is NaN makes their score of Ties NaN. Here a tie is wrong, and counted; a NaN
+wins no comparison, and its ratio is left out.
 """
 
 from __future__ import annotations
@@ -74,10 +75,10 @@ def ties_score(questions: Sequence[Question], rewards: Sequence[np.ndarray]) -> 
     for name in several.intersection(tied):
         twin = f"ref:{name.partition(':')[2]}"
         if twin in margin:
-            least = min(margin[twin], margin[name])
+            least = np.minimum(margin[twin], margin[name])  # NaN if one of them is
             preferred.append(margin[name] > spread[name])
             preferred_hard.append(least > spread[name])
-            if spread[name] > 0:
+            if spread[name] > 0 and not math.isnan(least / spread[name]):
                 ratios.append(math.tanh(least / spread[name] - 1))
 
     def mean(values: Sequence[float]) -> float:
