@@ -133,7 +133,9 @@ class HostReads(TorchDispatchMode):
 # --- logging, evaluation, checkpoints ------------------------------------------------------------------------------
 
 
-def test_logs_are_means_over_all_pairs_since_the_last_log(model, tokenizer, tmp_path):
+@pytest.mark.parametrize("others_log", [False, True])
+def test_logs_are_means_over_all_pairs_since_the_last_log(model, tokenizer, tmp_path, others_log):
+    """Whatever a subclass or a callback logs in between, be it called "loss" too."""
     rows = make_rows(6)  # a batch of 4 and one of 2
     trainer = make_trainer(
         model,
@@ -145,8 +147,14 @@ def test_logs_are_means_over_all_pairs_since_the_last_log(model, tokenizer, tmp_
         learning_rate=0.0,
         train_sampling_strategy="sequential",
     )
+    if others_log:
+        computed = trainer.compute_loss
+        trainer.compute_loss = lambda *args, **kwargs: (computed(*args, **kwargs), trainer.log({"loss": 1.0}))[0]
     trainer.train()
-    logged = trainer.state.log_history[0]
+    *of_others, logged, _ = trainer.state.log_history
+    assert [entry["loss"] for entry in of_others] == [1.0, 1.0] * others_log
+    trainer.log({"loss": 2.0})
+    assert trainer.state.log_history[-1].keys() == {"loss", "epoch", "step"}
     with torch.no_grad():
         hidden = pooled_rows(model, PreferenceCollator(tokenizer)(rows))
         rewards = model.score(hidden)[:, 0]

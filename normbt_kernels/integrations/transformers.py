@@ -253,7 +253,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         return loss, predictions, torch.zeros_like(stats.distance)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a training step, not an evaluation
+        if self.control.should_log and "loss" in logs:  # Trainer's own log, which is due, and not an evaluation
             logs |= self._totals.drain(self.accelerator.gather, getattr(self.pair_loss, "mu", None))
         super().log(logs, start_time)
 
