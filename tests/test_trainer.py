@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from normbt_kernels import LinearNormBTLoss, NormBTLoss
+from normbt_kernels import LinearNormBTLoss, NormBTLoss, linear_normbt_loss
 from normbt_kernels.commands.arguments import TrainOptions
 from normbt_kernels.commands.losses import make_loss
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
@@ -295,6 +295,20 @@ def test_checkpoint_without_the_state_of_the_loss_starts_mu_anew(tokenizer, tmp_
 
 
 # --- misuse --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (LinearNormBTLoss, r"a module called like LinearNormBTLoss\(\).*: got <class '.*LinearNormBTLoss'>"),
+        (linear_normbt_loss, r"a module called like .*: got <function linear_normbt_loss"),
+        (nn.BCEWithLogitsLoss(), r"a module called like .*: got BCEWithLogitsLoss\(\)"),
+        (LinearNormBTLoss(reduction="none"), "one number: the loss needs reduction='mean'"),
+    ],
+)
+def test_what_cannot_be_the_loss_is_refused_before_the_model_is_loaded(loss, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        NormBTTrainer("no/such/model", loss=loss)
 
 
 @pytest.mark.parametrize("loss", [LinearNormBTLoss, NormBTLoss])

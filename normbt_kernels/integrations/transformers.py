@@ -11,6 +11,7 @@ data set of {chosen, rejected, prompt?, margin?, pair_weight?}: text or messages
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +38,7 @@ from normbt_kernels.integrations.shortcuts import install_shortcuts, packing_for
 from normbt_kernels.integrations.trainer_data import PairsInTrainer
 from normbt_kernels.integrations.trainer_metrics import PairAccuracy, TrainTotals
 from normbt_kernels.integrations.trainer_steps import LossInSteps
-from normbt_kernels.modules import LinearNormBTLoss, NormBTLoss
+from normbt_kernels.modules import DistanceEMA, LinearNormBTLoss, NormBTLoss
 
 logger = logging.get_logger(__name__)
 
@@ -91,10 +92,11 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         **kwargs: everything else that `Trainer` takes.
 
     Raises:
+        TypeError: the loss is none of these modules.
         ValueError: the model has no scalar head; the data are not preference pairs (the message names the row); the
-            head cannot be fused, and the loss needs its weight; Liger would replace the model's forward; or the process
-            would drive several GPUs by `nn.DataParallel`. In `train`: `apply_normbt` is on the model too. At the first
-            batch that shows it: the model pools in another way.
+            loss gives no single number; the head cannot be fused, and the loss needs its weight; Liger would replace
+            the model's forward; or the process would drive several GPUs by `nn.DataParallel`. In `train`:
+            `apply_normbt` is on the model too. At the first batch that shows it: the model pools in another way.
     """
 
     # The loss is a mean over the pairs of a micro-batch: Trainer divides it by the accumulation steps (5.17 does so
@@ -119,6 +121,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = PairAccuracy,
         **kwargs: Any,
     ):
+        check_loss(loss)
         if isinstance(model, str | os.PathLike):
             processing_class = processing_class or load_training_tokenizer(str(model))
             model = load_model(str(model), tokenizer_of(processing_class), "float32", new_head=True)
@@ -273,6 +276,28 @@ def _check_arguments(args: TrainingArguments) -> None:
 
 
 # --- the loss ------------------------------------------------------------------------------------------------------
+
+
+def check_loss(loss: Any) -> None:
+    """
+    Raises:
+        TypeError: `loss` is none of what `NormBTTrainer` takes.
+        ValueError: it gives no single number to minimise.
+    """
+    if not (loss is None or isinstance(loss, NormBTLoss) or _takes_head(loss)):
+        raise TypeError(f"loss must be a module called like LinearNormBTLoss(), or a NormBTLoss(): got {loss!r}")
+    if isinstance(loss, DistanceEMA) and loss.options.reduction == "none":
+        raise ValueError("a training step minimises one number: the loss needs reduction='mean', not 'none'")
+
+
+def _takes_head(loss: Any) -> bool:
+    if not isinstance(loss, nn.Module):
+        return False
+    try:
+        inspect.signature(loss.forward).bind("rows", "weight", "bias", return_stats=True)
+    except TypeError:
+        return False
+    return True
 
 
 def loss_and_form(loss: nn.Module | None, why_not_fused: str | None) -> tuple[nn.Module, bool]:
