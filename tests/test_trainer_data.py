@@ -340,6 +340,7 @@ def test_pair_weight_multiplies_each_pairs_loss(model, tokenizer, tmp_path):
         ([IDS, IDS | {"rejected_ids": []}], "train_dataset, row 2: 'rejected_ids' is empty"),
         ([IDS | {"margin": 1.0}, IDS | {"margin": None}], "train_dataset, row 2: no margin, but other rows have one"),
         ([IDS | {"margin": float("nan")}], "train_dataset, row 1: 'margin' is not a finite number: nan"),
+        ([IDS | {"pair_weight": -1.0}], "train_dataset, row 1: 'pair_weight' is negative"),
         (
             [IDS, IDS | {"chosen_ids": [6, 32]}],
             "row 2: 'chosen_ids' has the token 32, but the model has embeddings for 32",
@@ -383,7 +384,7 @@ def test_collator_refuses_what_it_would_have_to_make_up(tokenizer, row, message)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_smoothing_factor": 0.1}, r"pass loss=LinearNormBTLoss\(label_smoothing=...\)"),
+        ({"label_smoothing_factor": 0.1}, r"takes loss=LinearNormBTLoss\(label_smoothing=...\)"),
         ({"compute_loss_func": lambda *args: None}, "compute_loss_func is not called: pass the loss as loss="),
     ],
 )

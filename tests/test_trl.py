@@ -193,6 +193,12 @@ def test_frozen_head_is_warned_about(tokenizer, tmp_path, messages):
     assert "modules_to_save=['score']" in messages.text
 
 
+def test_smoothing_of_token_labels_is_refused(tokenizer, tmp_path):
+    arguments = NormBTRewardTrainer, make_model(), tokenizer, tmp_path, make_dataset(4)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1 smooths token labels, of which pairs have none"):
+        make_trainer(*arguments, label_smoothing_factor=0.1)
+
+
 def test_forward_of_liger_is_refused(tokenizer, tmp_path):
     arguments = NormBTRewardTrainer, make_model(), tokenizer, tmp_path, make_dataset(4)
     with pytest.raises(ValueError, match="lm_head"):
@@ -225,13 +231,25 @@ def test_odd_batch_is_refused_before_anything_changes(tokenizer, tmp_path):
     assert trainer.pair_loss.num_updates == 0
 
 
-def test_a_weight_that_a_collator_gives_multiplies_the_loss_of_its_pair(tokenizer, tmp_path):
-    trainer = make_trainer(NormBTRewardTrainer, make_model().eval(), tokenizer, tmp_path, make_dataset(4))
-    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
-    loss, twice = (
-        trainer.compute_loss(trainer.model, batch | {"pair_weight": torch.full((4,), weight)}) for weight in (1.0, 2.0)
-    )
-    torch.testing.assert_close(twice, 2 * loss)
+def test_pair_weight_multiplies_each_pairs_loss(tokenizer, tmp_path):
+    rows, losses = make_dataset(4), []
+    for weight in (1.0, 2.0):
+        weighted = rows.add_column("pair_weight", [weight] * 4)
+        arguments = tokenizer, tmp_path, weighted, {"rows": weighted, "stream": weighted.to_iterable_dataset()}
+        trainer = make_trainer(NormBTRewardTrainer, make_model(), *arguments, max_steps=1, learning_rate=0.0)
+        evaluated = trainer.evaluate()
+        trainer.train()
+        of_training = trainer.state.log_history[-1]["train_loss"]
+        losses.append([of_training, evaluated["eval_rows_loss"], evaluated["eval_stream_loss"]])
+    assert losses[1] == pytest.approx([2 * loss for loss in losses[0]])
+
+
+@pytest.mark.parametrize(("column", "value"), [("pair_weight", None), ("margin", float("nan")), ("margin", "1")])
+def test_a_margin_or_weight_that_is_no_number_is_refused_before_training(tokenizer, tmp_path, column, value):
+    rows = make_dataset(4, margin=False)
+    dataset = rows.add_column(column, [value] * 4)
+    with pytest.raises(ValueError, match=f"the eval dataset: '{column}' is not a finite number"):
+        make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, rows, dataset)
 
 
 def test_forward_that_skips_the_head_found_is_refused(tokenizer, tmp_path):

@@ -114,7 +114,7 @@ def is_identical(row: Row) -> bool:
 
 def check_ids(row: Row, where: str, vocabulary: int | None = None) -> None:
     """Raises UserError naming `where` if a row of token ids has an empty side, an id beyond the model's `vocabulary`,
-    or a margin or weight that is not a number."""
+    or a number that `check_numbers` refuses."""
     for name in SIDES:
         if not len(row[name]):
             raise UserError(f"{where}: {name!r} is empty")
@@ -123,9 +123,16 @@ def check_ids(row: Row, where: str, vocabulary: int | None = None) -> None:
                 f"{where}: {name!r} has the token {largest}, but the model has embeddings for {vocabulary}: "
                 "model.resize_token_embeddings(len(tokenizer))"
             )
+    check_numbers(row, where)
+
+
+def check_numbers(row: Row, where: str) -> None:
+    """Raises UserError naming `where` if a margin or weight is not a finite number, or a weight is negative."""
     for name in NUMBERS:
         if name in row and not _is_finite(row[name]):
             raise UserError(f"{where}: {name!r} is not a finite number: {row[name]!r:.80}")
+    if row.get("pair_weight", 0) < 0:
+        raise UserError(f"{where}: 'pair_weight' is negative: {row['pair_weight']!r}")
 
 
 def _is_finite(value: Any) -> bool:

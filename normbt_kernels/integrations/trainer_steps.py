@@ -8,13 +8,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from normbt_kernels.data.rows import NUMBERS
 from normbt_kernels.functional import NormBTStats, pair_distance
 from normbt_kernels.integrations.apply import applied_to
-from normbt_kernels.integrations.head import HeadReader, logits_of
+from normbt_kernels.integrations.head import HeadReader, logits_of, refuse_fused_liger
 from normbt_kernels.modules import DistanceEMA
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: one process would drive several GPUs, Liger would replace the forward that calls the head, or an
+            option would change nothing.
+    """
+    if args.n_gpu > 1:  # its replicas would split the pairs and share one hook
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process: start one process per GPU (torchrun or accelerate launch), "
+            "or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} smooths token labels, of which pairs have none: "
+            "NormBTTrainer takes loss=LinearNormBTLoss(label_smoothing=...)"
+        )
+    refuse_fused_liger(args)
 
 
 class LossInSteps:

@@ -32,12 +32,12 @@ from normbt_kernels.data.checkpoints import (
 from normbt_kernels.data.collator import PreferenceCollator
 from normbt_kernels.data.tokens import LeftOut
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import HeadReader, compile_anew, find_head, refuse_fused_liger, text_config
+from normbt_kernels.integrations.head import HeadReader, compile_anew, find_head, text_config
 from normbt_kernels.integrations.pooled_head import PooledHead
 from normbt_kernels.integrations.shortcuts import install_shortcuts, packing_for
 from normbt_kernels.integrations.trainer_data import PairsInTrainer
 from normbt_kernels.integrations.trainer_metrics import PairAccuracy, TrainTotals
-from normbt_kernels.integrations.trainer_steps import LossInSteps
+from normbt_kernels.integrations.trainer_steps import LossInSteps, check_arguments
 from normbt_kernels.modules import DistanceEMA, LinearNormBTLoss, NormBTLoss
 
 logger = logging.get_logger(__name__)
@@ -142,7 +142,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
-        _check_arguments(self.args)
+        check_arguments(self.args)
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func is not called: pass the loss as loss=, which sees what the head reads")
         self.args.logging_nan_inf_filter = False
@@ -259,20 +259,6 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         if self.control.should_log and "loss" in logs:  # Trainer's own log, which is due, and not an evaluation
             logs |= self._totals.drain(self.accelerator.gather, getattr(self.pair_loss, "mu", None))
         super().log(logs, start_time)
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    if args.n_gpu > 1:  # its replicas would split the pairs and share one hook
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process: start one process per GPU (torchrun or accelerate launch), "
-            "or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
-        )
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} smooths token labels, of which pairs have none: "
-            "pass loss=LinearNormBTLoss(label_smoothing=...)"
-        )
-    refuse_fused_liger(args)
 
 
 # --- the loss ------------------------------------------------------------------------------------------------------

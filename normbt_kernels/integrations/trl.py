@@ -18,14 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import logging
 from trl import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from normbt_kernels.data.tokens import is_identical
+from normbt_kernels.data.tokens import check_numbers, is_identical
 from normbt_kernels.errors import UserError
 from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
-from normbt_kernels.integrations.head import HeadReader, compile_anew, find_head, refuse_fused_liger
+from normbt_kernels.integrations.head import HeadReader, compile_anew, find_head
 from normbt_kernels.integrations.shortcuts import install_shortcuts
-from normbt_kernels.integrations.trainer_steps import LossInSteps
+from normbt_kernels.integrations.trainer_steps import LossInSteps, check_arguments
 from normbt_kernels.modules import NormBTLoss
 
 logger = logging.get_logger(__name__)
@@ -46,11 +47,22 @@ METRICS = {
 }
 
 
+class CollatorWithWeights(DataCollatorForPreference):
+    """TRL's collator, whose batches also hold the column `pair_weight`, if the data have it."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        if "pair_weight" in examples[0]:
+            batch["pair_weight"] = torch.tensor([pair["pair_weight"] for pair in examples], dtype=torch.float32)
+        return batch
+
+
 class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
     """Makes any `RewardTrainer` train with NormBT: `class Mine(NormBTRewardMixin, MyRewardTrainer)`.
 
     It replaces `compute_loss`; everything else is the trainer's own. `margin` and `center_rewards_coefficient` act as
-    in TRL: the margin inside the sigmoid, the centering unweighted. It logs TRL's metrics, each the mean over the
+    in TRL: the margin inside the sigmoid, the centering unweighted. A column `pair_weight` multiplies the loss of each
+    pair, unless you pass a collator of your own that leaves it out. It logs TRL's metrics, each the mean over the
     batches since the last log, and also `mu`, `mean_distance`, `bt_loss` (unweighted, comparable with TRL's `loss`) and
     the range and mean of the weights. They stay on the device until the log, which makes one copy to the host; every
     rank must log. Every checkpoint holds the state of the loss: a resumed run continues with it, and the best
@@ -65,9 +77,9 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         late_pooling, padding_free: as in `install_shortcuts`, which packs each batch that TRL has padded.
 
     Raises:
-        ValueError: the model has no scalar head, or Liger would replace its forward. At a batch: it does not hold as
-            many rejected sequences as chosen ones, or the forward bypasses the head. TRL itself refuses `num_labels`
-            other than 1 and `nn.DataParallel`.
+        ValueError: the model has no scalar head, Liger would replace its forward, a margin or weight is no number, or
+            `label_smoothing_factor` is set. At a batch: it does not hold as many rejected sequences as chosen ones, or
+            the forward bypasses the head. TRL itself refuses `num_labels` other than 1 and `nn.DataParallel`.
     """
 
     # For the model card.
@@ -90,7 +102,9 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        refuse_fused_liger(self.args)
+        check_arguments(self.args)
+        if type(self.data_collator) is DataCollatorForPreference:
+            self.data_collator = CollatorWithWeights(**vars(self.data_collator))
         head = find_head(self.model)
         if warning := head.warning_if_frozen():
             logger.warning(warning)
@@ -113,7 +127,7 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         tokens: their distance is 0, and their weight would be its cap.
 
         Raises:
-            ValueError: the columns are not there, or no pair is left.
+            ValueError: the columns are not there, a margin or weight is no number, or no pair is left.
         """
         columns = set(dataset.column_names or next(iter(dataset), {}))
         if not any({f"chosen{kind}", f"rejected{kind}"} <= columns for kind in ("", "_ids", "_input_ids")):
@@ -122,7 +136,12 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
                 f"ids, 'chosen_ids' and 'rejected_ids'); it has {', '.join(sorted(columns)) or 'none'}"
             )
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        kept = dataset.filter(lambda pair: not is_identical(pair))
+
+        def is_kept(pair: Mapping[str, Any]) -> bool:
+            check_numbers(pair, f"the {dataset_name} dataset")
+            return not is_identical(pair)
+
+        kept = dataset.filter(is_kept)
         if not hasattr(dataset, "__len__"):  # a stream
             return kept
         left_out = len(dataset) - len(kept)
@@ -134,6 +153,11 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         logger.warning(f"{said}, and left out")
         return kept
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "pair_weight" not in self._signature_columns:
+            self._signature_columns.append("pair_weight")
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -141,8 +165,8 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of one batch `{input_ids (2B, S), attention_mask (2B, S), margin (B,)?}`, with the model's outputs
-        if asked for. A collator of your own may also give `pair_weight` `(B,)`, which TRL's does not."""
+        """The loss of one batch `{input_ids (2B, S), attention_mask (2B, S), margin (B,)?, pair_weight (B,)?}`, with
+        the model's outputs if asked for."""
         loss, outputs, stats = self._loss_outputs_stats(model, inputs)
         self._keep_metrics(stats, inputs["attention_mask"])
         return (loss, outputs) if return_outputs else loss
