@@ -199,6 +199,7 @@ def test_layout_apart_refuses_what_it_cannot_weigh():
     apply_normbt(model, "apart")
     with pytest.raises(ValueError, match="before the forward on the rejected"):
         model(**make_batch(2)).logits.sum().backward()
+    model(**make_batch(2))  # chosen ones again
     with pytest.raises(ValueError, match=r"chosen rows are \(4, 16\).*\(6, 16\)"):
         model(**make_batch(3))
     with pytest.raises(ValueError, match="do not cancel"):
