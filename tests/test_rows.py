@@ -89,6 +89,11 @@ def test_numbers_of_csv_are_numbers_under_whatever_name(tmp_path, ours, theirs):
         load(tmp_path / "data.csv", f"chosen,rejected,{theirs}\na,b,wide\n", columns=columns)
 
 
+def test_a_column_that_nothing_reads_is_not_renamed(tmp_path):
+    with pytest.raises(UserError, match=r"--column margins=\.\.\.: expected one of chosen, .*margin"):
+        load(tmp_path / "data.csv", "chosen,rejected,rating\na,b,1.5\n", columns={"margins": "rating"})
+
+
 # --- what cannot be read -------------------------------------------------------------------------------------------
 
 
@@ -123,5 +128,5 @@ def test_a_damaged_copy_of_a_hub_data_set_says_what_is_wrong(tmp_path, monkeypat
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "train.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "a", "rej')
-    with pytest.raises(UserError, match="copy: JSON parse error: Missing a closing quotation mark"):
+    with pytest.raises(UserError, match="copy: JSON parse error"):
         load(tmp_path / "copy")

@@ -271,6 +271,10 @@ def test_text_ends_with_one_eos_and_conversations_as_the_template_says(causal_lm
         (["--dataset", "good.jsonl", "--eval-fraction", "0.9"], "leaves none to train on"),
         (["--dataset", "good.jsonl", "--eval-fraction", "-1"], "--eval-fraction must be between 0 and 1, got -1.0"),
         (["--dataset", "good.jsonl", "--beta", "2"], "--beta must be in [0, 1), got 2.0"),
+        (
+            ["--dataset", "good.jsonl", "--learning-rate", "1", "-1"],
+            "--learning-rate must be finite and >= 0, got -1.0",
+        ),
         (["--dataset", "good.jsonl", "--label-smoothing", "1.5"], "--label-smoothing must be in [0, 1), got 1.5"),
         (["--dataset", "good.jsonl", "--label-smoothing", "0.1"], "choose one of them with --loss"),
         (["--dataset", "good.jsonl", "--loss", "bt", "bt"], "--loss names a loss twice: bt bt"),

@@ -160,6 +160,7 @@ def check_train_options(options: TrainOptions) -> None:
         ("eval_fraction", options.eval_fraction, 0 < options.eval_fraction < 1, "between 0 and 1"),
         ("max_length", options.max_length, options.max_length >= 1, "at least 1"),
         ("seeds", options.seeds, options.seeds >= 1, "at least 1"),
+        *(("learning_rate", rate, 0 <= rate < float("inf"), "finite and >= 0") for rate in options.learning_rate or ()),
         ("lora_r", options.lora_r, options.lora_r is None or options.lora_r >= 1, "at least 1"),
     ):
         if not fits:

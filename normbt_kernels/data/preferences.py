@@ -22,6 +22,7 @@ Message = dict[str, Any]  # role, content, and anything else that the chat templ
 Text = str | list[Message]  # plain text, or a conversation
 
 OPTIONAL_COLUMNS = (*NUMBERS, "category")  # in every row or in none
+COLUMNS = ("chosen", "rejected", "prompt", "system", "tools", "chat_template_kwargs", *OPTIONAL_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def load_preferences(
         from normbt_kernels.data import stdlib_faults
 
         return stdlib_faults.split_pairs(split if split in ("train", "validation") else "test", seed=0)
+    for ours in columns or ():
+        if ours not in COLUMNS:
+            raise UserError(f"--column {ours}=...: expected one of {', '.join(COLUMNS)}")
     pairs = []
     for number, row in read_rows(source, config, split):
         where = f"{source}, row {number}"
