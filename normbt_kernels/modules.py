@@ -20,7 +20,7 @@ from normbt_kernels.ops.ema import EMA, ArrayCache, move_mu_now
 from normbt_kernels.ops.library import PLAIN
 from normbt_kernels.ops.pair_distance import measure_distances
 from normbt_kernels.ops.pairs import RowPairs
-from normbt_kernels.ops.terms import Mu, Scores
+from normbt_kernels.ops.terms import LossOptions, Mu, Scores
 
 
 class Reduction(NamedTuple):
@@ -33,7 +33,19 @@ class Reduction(NamedTuple):
 
 
 DISTRIBUTED = dist.is_available()
-FORWARDS_IN_A_STEP = 1024  # more before the very first step look like a step that never comes
+FORWARDS_IN_A_STEP = 1024  # more look like a step that never comes
+
+
+def _option(name: str) -> property:
+    """An option of the loss as an attribute of its module, checked when it is set."""
+
+    def read(loss: DistanceEMA) -> Any:
+        return getattr(loss.options, name)
+
+    def change(loss: DistanceEMA, value: Any) -> None:
+        loss.options = loss_options(**loss.options._asdict() | {name: value})
+
+    return property(read, change)
 
 
 class DistanceEMA(nn.Module):
@@ -45,7 +57,7 @@ class DistanceEMA(nn.Module):
 
         loss_fn.follow(optimizer)
 
-    Without it, each forward in training mode is a step. Eval mode uses mu and does not change it.
+    Without it, each forward in training mode is a step. Eval mode and `torch.no_grad` use mu and do not change it.
 
     The first step has no mu from before it. The mean of each micro-batch, over all ranks, weighs that micro-batch, and
     the mean over all of them becomes mu. In eval mode without a mu, the mean of the batch weighs it and nothing is
@@ -66,6 +78,8 @@ class DistanceEMA(nn.Module):
     steps have moved it. In the middle of a step the `state_dict` also has `pending` (fp32, (2,)): the sum of distances
     and the number of pairs of this rank that belong to the gradients accumulated so far.
     """
+
+    label_smoothing, center_coef, eps, max_weight, power, reduction = map(_option, LossOptions._fields)
 
     mu: Tensor
     num_updates: Tensor
@@ -109,7 +123,7 @@ class DistanceEMA(nn.Module):
         # What the host knows without asking the device.
         self._first_step_began = self.first_step_ended = False
         self._first_mean: Tensor | None = None
-        self._forwards_before_first_step = 0
+        self._forwards_since_step = [0]  # in a list, because to set an attribute of a module takes a call
 
     def _keep_exact(self, mu: Tensor) -> None:
         self._exact_mu = mu.detach()
@@ -137,7 +151,7 @@ class DistanceEMA(nn.Module):
             TypeError: `optimizer` is not an optimizer.
 
         Warns:
-            UserWarning: after 1024 forwards, if `optimizer` has not stepped: mu waits for it.
+            UserWarning: after 1024 forwards without a step of `optimizer`: mu waits for it.
         """
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
@@ -172,6 +186,7 @@ class DistanceEMA(nn.Module):
         self._settle()
         self.first_step_ended |= self._first_step_began
         self._first_mean = None
+        self._forwards_since_step[0] = 0
         mu, num_updates, group = self._buffers["mu"], self._buffers["num_updates"], self._group()
         if group is None:
             move_mu_now(mu, num_updates, self.pending, self.beta)
@@ -199,9 +214,13 @@ class DistanceEMA(nn.Module):
     def _take_up_reduction(self) -> None:
         moved, self._reduction = self._reduction, None
         moved.work.wait()
+        # torch.distributed.checkpoint has the optimizer make its state by a step, of no pairs, and writes what it loads
+        # into the buffers before the sums of that step are here.
+        had_pairs = moved.pending[1] > 0
         move_mu_now(moved.mu, moved.num_updates, moved.pending, self.beta)
-        self._buffers["mu"].copy_(moved.mu)
-        self._buffers["num_updates"].copy_(moved.num_updates)
+        for name in ("mu", "num_updates"):
+            buffer = self._buffers[name]
+            buffer.copy_(torch.where(had_pairs, getattr(moved, name), buffer))
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -219,20 +238,24 @@ class DistanceEMA(nn.Module):
 
     def weigh(self, rows: RowPairs) -> Tensor:
         """The weights (P,) of pairs whose loss is computed elsewhere. They count as the pairs of a forward do."""
-        mu, group = self._begin(rows)
+        trains, mu, group = self._begin(rows)
         weight = pair_weights(rows, mu, self.options)
-        self._end(rows, group)
+        if trains:
+            self._end(rows, group)
         return weight
 
     def _score(self, rows: RowPairs, scores: Scores, return_stats: bool):
-        mu, group = self._begin(rows)
+        trains, mu, group = self._begin(rows)
         result = loss_and_stats(rows, scores, mu, self.options, return_stats)
-        self._end(rows, group)
+        if trains:
+            self._end(rows, group)
         return result
 
-    def _begin(self, rows: RowPairs) -> tuple[Mu, dist.ProcessGroup | None]:
-        """What weighs these pairs, and takes up their distances; and the ranks that share this forward."""
+    def _begin(self, rows: RowPairs) -> tuple[bool, Mu, dist.ProcessGroup | None]:
+        """Whether mu will move by these pairs, what weighs them and takes up their distances, and the ranks that share
+        this forward."""
         self._settle()
+        trains = self.training and torch.is_grad_enabled()
         mu, num_updates = self._buffers["mu"], self._buffers["num_updates"]
         if mu.device != rows.chosen.device:
             raise ValueError(
@@ -240,8 +263,8 @@ class DistanceEMA(nn.Module):
                 f"move the loss there once, with .to({str(rows.chosen.device)!r})"
             )
         group = None
-        if self.training:
-            self._refuse_repetition()
+        if trains:
+            self._count_forward()
             group = self._group()
         if group is not None and mu.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -254,40 +277,35 @@ class DistanceEMA(nn.Module):
             if first_mean is None:
                 first_mean = self._mean_of([measure_distances(rows)], group)
         pending = beta = None
-        if self.training:
+        if trains:
             pending, beta = self.pending, None if self.per_step or group is not None else self.beta
         # The device decides which mu weighs: the buffers may have been filled by hand.
-        return Mu(None, first_mean, EMA(mu, num_updates, pending, beta, self._arrays)), group
+        return trains, Mu(None, first_mean, EMA(mu, num_updates, pending, beta, self._arrays)), group
 
     def _end(self, rows: RowPairs, group: dist.ProcessGroup | None) -> None:
-        if not self.training:
-            return
         if not self._first_step_began and (rows.num_pairs > 0 or group is not None):
             self._first_step_began = True
         if self.per_step:
-            if not (self.first_step_ended or is_dynamo_compiling()):
-                self._warn_of_no_step()
             return
         if group is not None:
             self._move()
         elif not self.first_step_ended:  # mu has moved already
             self.first_step_ended = self._first_step_began
 
-    def _warn_of_no_step(self) -> None:
-        self._forwards_before_first_step += 1
-        if self._forwards_before_first_step == FORWARDS_IN_A_STEP:
-            warnings.warn(
-                f"{FORWARDS_IN_A_STEP} forwards, and no step of the optimizer that this loss follows: mu waits for the "
-                "first one; follow the optimizer that steps, or call end_step() after each step",
-                stacklevel=2,
-            )
-
-    def _refuse_repetition(self) -> None:
+    def _count_forward(self) -> None:
         if is_dynamo_compiling():
             self._traced = []  # a side effect, which Dynamo does not let into a checkpoint
-        elif torch._C._current_graph_task_id() != -1:
+            return
+        if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "an activation checkpoint repeats the forward of this loss in backward: call the loss outside of it"
+            )
+        self._forwards_since_step[0] += 1
+        if self._forwards_since_step[0] == FORWARDS_IN_A_STEP and self.per_step:
+            warnings.warn(
+                f"{FORWARDS_IN_A_STEP} forwards since the last step of the optimizer that this loss follows: mu waits "
+                "for it; follow the optimizer that steps, or call end_step() after each step",
+                stacklevel=2,
             )
 
     def _mean_of(self, distances: Iterable[Tensor], group: dist.ProcessGroup | None) -> Tensor:
@@ -374,7 +392,8 @@ class NormBTLoss(DistanceEMA):
             ProcessGroup with its ranks, None with nobody.
         power: as in `normbt_loss`.
 
-    See `DistanceEMA` for what is kept, and when it changes.
+    The options are attributes too, and may be changed between two steps. See `DistanceEMA` for what is kept, and when
+    it changes.
     """
 
     def forward(

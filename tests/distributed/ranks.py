@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -286,6 +288,31 @@ def overlap(folder):
     return {"mu": loss_fn.mu.clone()}
 
 
+def distributed_checkpoint(folder):
+    """Saved and loaded as PyTorch's documentation does it."""
+
+    def make():
+        model = nn.ModuleDict({"head": nn.Linear(5, 1), "loss": LinearNormBTLoss()})
+        optimizer = torch.optim.AdamW(model.parameters())
+        model["loss"].follow(optimizer)
+        return model, optimizer
+
+    def mu_of(model):
+        return model["loss"].mu.clone(), model["loss"].num_updates.clone()
+
+    model, optimizer = make()
+    for _ in range(2):
+        model["loss"](torch.randn(4, 5), model["head"].weight, model["head"].bias).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    checkpoint.save(dict(enumerate(get_state_dict(model, optimizer))), checkpoint_id=folder)
+    loaded, optimizer = make()
+    states = dict(enumerate(get_state_dict(loaded, optimizer)))
+    checkpoint.load(states, checkpoint_id=folder)
+    set_state_dict(loaded, optimizer, model_state_dict=states[0], optim_state_dict=states[1])
+    return {"saved": mu_of(model), "loaded": mu_of(loaded)}
+
+
 def subgroups(folder):
     """Ranks in pairs, as in ring attention: the second of each pair holds the last tokens, the first other rows."""
     distances = torch.arange(1.0, 3.0) + dist.get_rank()
@@ -301,7 +328,7 @@ def subgroups(folder):
 
 
 SCENARIOS = (ddp, ddp_by_shortcuts, ddp_resumed, streamed, lora, fully_sharded_loop, collectives, overlap, subgroups)
-SCENARIOS += (fsdp1_with_buffers_in_16_bits,)
+SCENARIOS += (fsdp1_with_buffers_in_16_bits, distributed_checkpoint)
 TRAINER_TAKES_FSDP2 = hasattr(Trainer, "_defer_fsdp_gradient_reduction")  # of a model sharded at load time
 if TRAINER_TAKES_FSDP2:
     SCENARIOS += (fsdp2, fsdp2_by_shortcuts)

@@ -142,6 +142,13 @@ def test_reduction_overlaps_backward(results):
     assert len({result["mu"].item() for result in results("overlap")}) == 1
 
 
+@two_ranks
+def test_distributed_checkpoints_keep_mu(results):
+    for result in results("distributed_checkpoint"):
+        assert result["saved"][1] == 2
+        assert result["loaded"] == result["saved"]
+
+
 def test_process_group_shares_the_mean_among_its_ranks_alone(results):
     of_ranks = results("subgroups")
     for part in (0, 1):

@@ -67,6 +67,29 @@ def test_weights_without_a_loss_are_those_of_the_loss(implementation, power):
 
 
 @both_modules
+def test_options_are_attributes(module):
+    loss_fn = module(power=0.5, max_weight=None)
+    assert (loss_fn.power, loss_fn.max_weight, loss_fn.reduction) == (0.5, None, "mean")
+    run(loss_fn, rows_at_distance([4.0]))
+    loss_fn.power = 1.0
+    assert run(loss_fn, rows_at_distance([2.0])).weight == pytest.approx(2.0, rel=1e-5)
+    with pytest.raises(ValueError, match="power must be finite"):
+        loss_fn.power = -1.0
+    assert loss_fn.power == 1
+
+
+@both_modules
+def test_without_gradients_mu_is_used_and_stays(module):
+    """As in a validation that forgets to put the loss in eval mode."""
+    loss_fn = module()
+    run(loss_fn, rows_at_distance([5.0]))
+    with torch.no_grad():
+        stats = run(loss_fn, rows_at_distance([1.0]))
+    torch.testing.assert_close(stats.weight, torch.tensor([5.0]), rtol=1e-5, atol=0)
+    assert (loss_fn.mu, loss_fn.num_updates) == (5, 1)
+
+
+@both_modules
 def test_eval_uses_mu_and_stores_nothing(module):
     loss_fn = module().eval()
     run(loss_fn, rows_at_distance([1.0, 3.0]))

@@ -169,15 +169,19 @@ def test_follow_takes_wrappers_of_an_optimizer_and_refuses_what_has_no_steps():
         LinearNormBTLoss().end_step()
 
 
-def test_an_optimizer_that_never_steps_is_warned_of_once(monkeypatch, recwarn):
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_an_optimizer_that_steps_no_more_is_warned_of_once(monkeypatch, recwarn, steps_before):
+    """As when another optimizer takes over, which nobody told the loss to follow."""
     monkeypatch.setattr(modules, "FORWARDS_IN_A_STEP", 3)
     loop, other = Loop(LinearNormBTLoss()), Loop(LinearNormBTLoss())
-    for _ in range(5):
+    for step in range(steps_before + 5):
         loop.backward(rows(2, seed=1))
+        if step < steps_before:
+            loop.step()
         other.backward(rows(2, seed=1))
         other.step()
     (warning,) = recwarn
-    assert "3 forwards, and no step of the optimizer that this loss follows" in str(warning.message)
+    assert "3 forwards since the last step of the optimizer that this loss follows" in str(warning.message)
 
 
 def test_copy_follows_no_optimizer():
