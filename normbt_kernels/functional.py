@@ -71,6 +71,7 @@ def normbt_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was seen.
+        RuntimeError: differentiation in forward mode, or twice; a few pairs on the CPU allow the latter.
     """
     mu = mu_of(mu, chosen_hidden)
     options = loss_options(label_smoothing, center_coef, eps, max_weight, power, reduction)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from normbt_kernels.ops import few_pairs
@@ -33,6 +34,8 @@ from normbt_kernels.ops.pair_distance import measure_distances
 from normbt_kernels.ops.pair_loss import PairLossPlan, run_pair_loss
 from normbt_kernels.ops.pairs import RowPairs, accumulate_dtype, cast
 from normbt_kernels.ops.terms import WEIGHT, LossOptions, LossResult, Mu, Scores
+
+BACKWARD_ONLY = "the NormBT losses have no forward-mode derivative (jvp, jacfwd, linearize): use a backward one"
 
 
 class Call(NamedTuple):
@@ -205,10 +208,16 @@ def _autograd(run: Callable, *arguments) -> LossResult:
     given = Arguments(*arguments)
     call, asked_for = given.call, given.head_gradient
     inputs = call.differentiable
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise RuntimeError(BACKWARD_ONLY)
     needs = _needs_gradients(inputs)
 
     def run_call(call: Call, head_gradient: bool) -> LossResult:
-        return LossResult(*run(*Arguments.of(call, head_gradient or asked_for)))
+        # For an outer transform: a Function's forward runs without either.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return LossResult(*run(*Arguments.of(call, head_gradient or asked_for)))
 
     return _differentiable(Passes(call, needs, run_call), call, inputs) if True in needs else run_call(call, False)
 

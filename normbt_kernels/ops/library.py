@@ -22,6 +22,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 NAMESPACE = "normbt"
@@ -75,11 +76,12 @@ def without_gradients(run: Callable, *arguments):
 
 def is_watched(tensors: Iterable[Tensor | None]) -> bool:
     """Whether anything traces or transforms this call, and so must see the operator: torch.compile and export,
-    torch.func, `is_grads_batched`, a dispatch mode, torch.jit.trace, or tensors that are not plain ones (fake,
-    functional, distributed)."""
+    torch.func, forward-mode differentiation, `is_grads_batched`, a dispatch mode, torch.jit.trace, or tensors that are
+    not plain ones (fake, functional, distributed)."""
     if (
         is_dynamo_compiling()
         or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or _len_torch_dispatch_stack() > 0
         or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         or _dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # of torch.autograd.grad, not of torch.func

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import BACKEND, CASES, DEVICE, INTERPRETED, LAYOUTS, OURS, Case, assert_same_bits, linear_case, ours, randn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from normbt_kernels import LinearNormBTLoss, NormBTLoss, linear_normbt_loss, pair_distance
@@ -309,6 +310,36 @@ def model_and_gradients():
 
 def loss_of_parameters(model, x, parameters):
     return torch.func.functional_call(model, parameters, (x,))
+
+
+SECOND, FORWARD_MODE = "cannot be differentiated twice", "no forward-mode derivative"
+TRANSFORMS = {
+    "jvp": (FORWARD_MODE, lambda f, x: torch.func.jvp(f, (x,), (x,))),
+    "jacfwd": (FORWARD_MODE, lambda f, x: torch.func.jacfwd(f)(x)),
+    "jvp of grad": (FORWARD_MODE, lambda f, x: torch.func.jvp(torch.func.grad(f), (x,), (x,))),
+    "grad of grad": (SECOND, lambda f, x: torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(x)),
+    "grad of jvp": (FORWARD_MODE, lambda f, x: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (x,))[1])(x)),
+}
+
+
+def dual(f, x):
+    with forward_ad.dual_level():
+        f(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("transform", [*TRANSFORMS, "dual tensors"])
+@pytest.mark.parametrize("form", ["linear", "reward"])
+@pytest.mark.parametrize("num_pairs", [3, 300])
+def test_derivatives_that_are_no_backward_are_refused_and_never_zero(transform, form, num_pairs):
+    case = CASES[form](num_pairs)
+    name, *others = case.inputs
+    message, take = TRANSFORMS.get(transform, (FORWARD_MODE, dual))
+
+    def loss_of(first):
+        return OURS[form](**{name: first} | {other: case.inputs[other] for other in others}, **case.arguments)
+
+    with pytest.raises(RuntimeError, match=message):
+        take(loss_of, case.inputs[name])
 
 
 @pytest.mark.parametrize("trained", ["body", "head", ""], ids=["body alone", "head alone", "all"])
