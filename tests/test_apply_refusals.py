@@ -89,6 +89,29 @@ def test_odd_batch_is_named_and_changes_nothing(architecture):
     assert list(mu_of(model)) == before
 
 
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.score, self.other = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, hidden):
+        return self.score(hidden), self.other(hidden)
+
+
+@pytest.mark.parametrize("name", ["score", "other"])
+def test_head_that_the_loss_does_not_read_is_warned_of_once(name, recwarn):
+    model = TwoHeads()
+    apply_normbt(model, head=getattr(model, name))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        chosen, rejected = model(torch.randn(6, 8))[0].chunk(2)
+        nn.functional.softplus(rejected - chosen).mean().backward()
+        optimizer.step()
+    seen = [str(warning.message) for warning in recwarn]
+    expected = "no gradient came to the head 'other', so NormBT weighed none: if the loss reads another head"
+    assert [expected in message for message in seen] == ([True] if name == "other" else [])
+
+
 def test_frozen_head_is_warned_of_and_lora_in_the_head_refused():
     peft = pytest.importorskip("peft")
     with pytest.warns(UserWarning, match="head is frozen.*modules_to_save"):

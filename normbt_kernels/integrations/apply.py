@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from normbt_kernels.checks import LAYOUTS, row_pairs
-from normbt_kernels.integrations.head import NUM_CHECKED, ModelInputs, compile_anew, each_at, find_head
+from normbt_kernels.integrations.head import NUM_CHECKED, Head, ModelInputs, compile_anew, each_at, find_head
 from normbt_kernels.integrations.optimizer_steps import follow_optimizer_of
 from normbt_kernels.modules import DistanceEMA, inside_backward
 from normbt_kernels.ops.pairs import RowPairs, cast
@@ -50,8 +50,8 @@ def apply_normbt(
     weighs all its micro-batches. When the step is over, `mu` moves once, by the mean over all their pairs and all ranks
     (`NormBTLoss` describes the first step and distances that are not finite). Any optimizer of this process that holds
     a parameter of the model ends the step: that of Trainer, accelerate (also with `accumulate`), DeepSpeed, or your own
-    loop. Without an optimizer, each forward is a step. If the optimizer keeps copies of the parameters, name it with
-    `<head>.normbt.follow(optimizer)`.
+    loop. Until one exists, each forward is a step, and one that is made after the first forward counts from its first
+    step on. If the optimizer keeps copies of the parameters, name it with `<head>.normbt.follow(optimizer)`.
 
     Any number of forwards may come before a backward, and backwards may come in any order. Activation checkpoints may
     be around the layers, and around the head if they are not reentrant. In eval mode and without gradients nothing
@@ -89,7 +89,8 @@ def apply_normbt(
             (a gradient penalty), or a reentrant checkpoint around the head.
 
     Warns:
-        UserWarning: the head is frozen, as under LoRA without `modules_to_save`.
+        UserWarning: the head is frozen, as under LoRA without `modules_to_save`. After the first step: no gradient
+            reached the head, as when the loss reads another one.
     """
     if applied_to(model):
         raise ValueError(f"NormBT is already applied to this {type(model).__name__}: call remove_normbt(model) first")
@@ -100,7 +101,7 @@ def apply_normbt(
     weights = PairWeights(layout, beta, eps, max_weight, power)
     if warning := found.warning_if_frozen():
         warnings.warn(warning, stacklevel=2)
-    weights.attach(head, found.owner)
+    weights.attach(head, found)
 
 
 def remove_normbt(model: nn.Module) -> None:
@@ -130,12 +131,14 @@ class PairWeights(DistanceEMA):
         self.layout = layout
         self._chosen: Apart | None = None  # of layout "apart", until the rejected rows come
         self._backwards_to_check = NUM_CHECKED
+        self._gradient_came = [False]  # in a list, because to set an attribute of a module takes a call
         self._knows_optimizers = False
         self._waits_for_weights = False
 
-    def attach(self, head: nn.Linear, owner: nn.Module | None) -> None:
+    def attach(self, head: nn.Linear, found: Head) -> None:
+        self._head_name = found.name
         self.to(head.weight.device).train(head.training)
-        self._inputs = ModelInputs(owner)
+        self._inputs = ModelInputs(found.owner)
         # This hook runs first: a pooled head's own hook expands the (N, 1) rewards that it needs.
         self._hook = head.register_forward_hook(self._after_head, prepend=True, with_kwargs=True)
         head.normbt = self
@@ -193,6 +196,7 @@ class PairWeights(DistanceEMA):
         """From `gradient`, that of the logits under BT, the one under NormBT: same dtype, computed in fp32 or wider."""
         if torch.is_grad_enabled():
             _refuse_second_backward()
+        self._gradient_came[0] = True
         sides = self._sides(_at(pooled, gradient))
         if gradient.dtype != weight.dtype:
             dtype = torch.promote_types(gradient.dtype, weight.dtype)
@@ -229,6 +233,7 @@ class PairWeights(DistanceEMA):
         """The gradient of one side under NormBT: that under BT times the weight, as there is no centering term."""
         if torch.is_grad_enabled():
             _refuse_second_backward()
+        self._gradient_came[0] = True
         if batch.weight is None:
             self._chosen = None  # the next forward is one on chosen sequences again
             raise ValueError(
@@ -246,6 +251,13 @@ class PairWeights(DistanceEMA):
 
     def end_step(self) -> None:
         self._chosen = None  # left by a forward that was no part of the training
+        if self._forwards_since_step[0] > 0 and not self._gradient_came[0]:
+            self._gradient_came[0] = True  # as far as this warning goes
+            warnings.warn(
+                f"the optimizer stepped, but no gradient came to the head {self._head_name!r}, so NormBT weighed none: "
+                "if the loss reads another head, pass that as head= to apply_normbt",
+                stacklevel=2,
+            )
         super().end_step()
 
     # --- what the first backwards show ---
@@ -273,7 +285,8 @@ class PairWeights(DistanceEMA):
             raise ValueError(
                 f"layout={self.layout!r} does not match the batches, as the gradients of its pairs do not cancel: "
                 "pass 'halves' (all chosen, then all rejected), 'interleaved' (in turn) or, without centering, 'apart' "
-                "(chosen in one forward, rejected in the next) to apply_normbt"
+                "(chosen in one forward, rejected in the next) to apply_normbt, or as head= the head that the loss "
+                f"reads, if that is not {self._head_name!r}"
             )
         self._backwards_to_check -= 1
 
@@ -334,5 +347,5 @@ def _refuse_reentrant_checkpoint(gradient: Tensor) -> None:
 def _refuse_second_backward() -> None:
     raise RuntimeError(
         "NormBT weighs the gradients of a loss, and cannot be differentiated twice (backward ran with "
-        "create_graph=True)"
+        "create_graph=True, as it does under torch.func)"
     )
