@@ -287,6 +287,11 @@ def test_text_ends_with_one_eos_and_conversations_as_the_template_says(causal_lm
         (["--dataset", "good.jsonl", "--resume-from-checkpoint", "nowhere"], "nowhere: no such folder"),
         (["--dataset", "good.jsonl", "--no-such-option", "1"], "--no-such-option"),
         (["--dataset", "good.jsonl", "--load-best-model-at-end"], "save and eval strategy"),
+        (["--dataset", "good.jsonl", "--report-to", "dagshub"], "--report-to dagshub: "),
+        (["--dataset", "good.jsonl", "--report-to", "wnadb"], "--report-to wnadb: wnadb is not supported, only"),
+        (["--dataset", "good.jsonl", "--optim", "galore_adamw"], "--optim galore_adamw: You need to install"),
+        (["--dataset", "good.jsonl", "--metric-for-best-model", "acc"], "evaluation gives loss, bt_loss, accuracy"),
+        (["--dataset", "good.jsonl", "--use-liger-kernel"], "pass liger_kernel_config="),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, causal_lm, monkeypatch, capsys, arguments, message):

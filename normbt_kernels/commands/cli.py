@@ -42,6 +42,7 @@ ALL_REWARDS = {
     "eval_do_concat_batches": True,
     "eval_use_gather_object": False,
 }
+METRICS = ("loss", "bt_loss", "accuracy", "margin")  # of an evaluation, for `--metric-for-best-model`
 
 TRAIN_DESCRIPTION = f"""\
 Train a reward model with NormBT and the Hugging Face Trainer.
@@ -267,6 +268,7 @@ def _train(arguments: argparse.Namespace, trainer_arguments: list[str]) -> int:
 
 def _training_arguments(command_line: list[str], defaults: dict[str, Any]) -> TrainingArguments:
     from normbt_kernels.commands.train import one_device
+    from normbt_kernels.integrations.head import refuse_fused_liger
 
     parser = _trainer_parser()
     parser.set_defaults(**defaults)
@@ -285,9 +287,28 @@ def _training_arguments(command_line: list[str], defaults: dict[str, Any]) -> Tr
             "--label-smoothing-factor smooths the labels of tokens, and pairs have none: use --loss bt-smoothing or "
             "normbt-smoothing, with --label-smoothing"
         )
+    refuse_fused_liger(args)
+    _check_integrations(args.report_to)
+    if args.metric_for_best_model is not None and args.metric_for_best_model.removeprefix("eval_") not in METRICS:
+        raise UserError(
+            f"--metric-for-best-model {args.metric_for_best_model}: evaluation gives {', '.join(METRICS)}; bt_loss can "
+            "be compared between checkpoints"
+        )
     if args.n_gpu > 1:
         print(f"using 1 of {args.n_gpu} GPUs; for all: torchrun --nproc-per-node {args.n_gpu} -m normbt_kernels train")
     return one_device(args)
+
+
+def _check_integrations(names: list[str]) -> None:
+    """Raises UserError for a name of `--report-to` that Trainer does not know, or whose library is not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for integration in get_reporting_integration_callbacks(names):
+            # As Trainer makes them. Some complain when they are dropped, if they could not be made.
+            type(integration.__name__, (integration,), {"__del__": lambda self: None})()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"--report-to {' '.join(names)}: {' '.join(str(error).split())}") from error
 
 
 def _did_you_mean(words: Sequence[str], known: Sequence[str]) -> str:

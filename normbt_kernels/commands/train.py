@@ -21,6 +21,7 @@ from normbt_kernels.commands import train_report as report
 from normbt_kernels.commands.arguments import TrainOptions
 from normbt_kernels.commands.losses import loss_rows, make_loss
 from normbt_kernels.commands.train_job import Job
+from normbt_kernels.errors import UserError
 from normbt_kernels.integrations.checkpoint import last_whole_checkpoint
 from normbt_kernels.integrations.transformers import NormBTTrainer
 from normbt_kernels.resumable import model_fingerprint, rows_fingerprint
@@ -66,12 +67,18 @@ def run(job: Job, options: TrainOptions, args: TrainingArguments, keep_checkpoin
     run_folder.check_checkpoint(args.resume_from_checkpoint, [output_dir / trial.name for trial in planned])
     rows = {name: (loss_rows(name, job.train_rows), loss_rows(name, job.eval_rows)) for name in job.losses}
     set_seed(args.seed)
+    model = job.make_model()
+    try:
+        NormBTTrainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, ValueError) as error:  # its library is not installed, or it needs other options
+        raise UserError(f"--optim {args.optim.value}: {' '.join(str(error).split())}") from error
     others = {
         "training pairs": rows_fingerprint(job.train_rows),
         "held-out pairs": rows_fingerprint(job.eval_rows),
-        "model": model_fingerprint(job.make_model()),
+        "model": model_fingerprint(model),
         "processes": args.world_size,  # each has batches of its own: a step has as many times the pairs
     }
+    del model  # each trial makes its own
     made_from = run_folder.made_from(options, args, **others)
     if args.process_index == 0:
         run_folder.begin(output_dir, made_from)
