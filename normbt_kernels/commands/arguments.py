@@ -29,6 +29,8 @@ OF_A_CHECKPOINT = (
     *("dataset_config", "dataset_split", "eval_dataset", "eval_split", "eval_fraction", "column"),
 )
 
+OF_NORMBT = ("beta", "eps", "max_weight", "power")  # which plain Bradley-Terry does not have
+
 Options = TypeVar("Options")
 
 
@@ -187,6 +189,10 @@ def check_train_options(options: TrainOptions) -> None:
         raise UserError("--lora-alpha and --lora-target need --lora-r")
     if options.label_smoothing is not None and not any(name.endswith("-smoothing") for name in losses):
         raise UserError("--label-smoothing is for bt-smoothing and normbt-smoothing: choose one of them with --loss")
+    if losses and not any(name.startswith("normbt") for name in losses):
+        for name in OF_NORMBT:
+            if getattr(options, name) != getattr(TrainOptions, name):
+                raise UserError(f"{flag(name)} is for the losses named normbt: choose one of them with --loss")
 
 
 # --- evaluate and diagnose -----------------------------------------------------------------------------------------
