@@ -143,6 +143,9 @@ def test_transformers_page(trained, playground):
     assert (playground / "runs" / "qwen3" / "model.safetensors").is_file()
     (checkpoint,) = (playground / "runs" / "qwen3").glob("checkpoint-*")
     assert torch.equal(torch.load(checkpoint / "normbt.pt")["mu"], trainer.pair_loss.mu)
+    chosen, rejected, _ = trainer.predict(trained["pairs"]["test"].select([0])).predictions
+    by_hand = trained["chosen_reward"], trained["rejected_reward"]
+    assert by_hand == pytest.approx((chosen.item(), rejected.item()), rel=1e-4)
 
 
 def test_whole_step_page(inside):
