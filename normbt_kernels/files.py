@@ -46,6 +46,17 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
 
 
+def check_name(name: str) -> None:
+    """Raises UserError if `name`, of a folder or on the hub, can only be that of a folder, and there is none."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if not Path(name).exists():
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise UserError(f"{name}: no such folder") from error
+
+
 def check_new_file(path: Path, option: str) -> None:
     """Raises UserError if `path`, which the user gave as `option`, exists or cannot be written."""
     if path.exists():

@@ -266,8 +266,11 @@ def test_text_ends_with_one_eos_and_conversations_as_the_template_says(causal_lm
         (["--dataset", "notes.txt"], "notes.txt: not one of .json, .jsonl, .csv"),
         (["--dataset", "broken.parquet"], "broken.parquet: not Parquet"),
         (["--dataset", "object.json"], "object.json: not a list of rows"),
-        (["--dataset", "latin.jsonl"], "latin.jsonl, row 1: not JSON"),
-        (["--dataset", "good.jsonl", "--model", "./no-such-folder"], "./no-such-folder: "),
+        (["--dataset", "latin.jsonl"], "latin.jsonl, row 1: not UTF-8"),
+        (["--dataset", "utf16.jsonl"], "utf16.jsonl, row 1: not UTF-8, in which JSON is written"),
+        (["--dataset", "good.jsonl", "--model", "./no-such-folder"], "error: ./no-such-folder: no such folder"),
+        (["--dataset", "missing.jsonl", "--model", "no/such/folder"], "error: no/such/folder: no such folder"),
+        (["--dataset", "./no-such-folder"], "error: ./no-such-folder: no such folder"),
         (["--dataset", "good.jsonl", "--eval-fraction", "0.9"], "leaves none to train on"),
         (["--dataset", "good.jsonl", "--eval-fraction", "-1"], "--eval-fraction must be between 0 and 1, got -1.0"),
         (["--dataset", "good.jsonl", "--beta", "2"], "--beta must be in [0, 1), got 2.0"),
@@ -303,6 +306,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, causal_lm, monkeypatch,
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "broken.parquet").write_text("not parquet")
     (tmp_path / "object.json").write_text("{}")
+    (tmp_path / "utf16.jsonl").write_text((tmp_path / "good.jsonl").read_text(), encoding="utf-16")
     (tmp_path / "latin.jsonl").write_bytes(b'{"chosen": "caf\xe9"}\n')
     assert run_cli("train", "--model", causal_lm, "--output-dir", "out", *arguments) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "normbt: error: " in line]

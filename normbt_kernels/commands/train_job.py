@@ -26,6 +26,7 @@ from normbt_kernels.data.look import look
 from normbt_kernels.data.preferences import Preference, load_preferences
 from normbt_kernels.data.tokens import LeftOut, Prepared, Row, prepare
 from normbt_kernels.errors import UserError
+from normbt_kernels.files import check_name
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def user_job(options: TrainOptions, seed: int) -> Job:
     Raises:
         UserError: something cannot be read, or no pair is left to train or to judge on.
     """
+    check_name(options.model)
     columns = dict(column.split("=", 1) for column in options.column or ())
     train_pairs = load_preferences(options.dataset, options.dataset_config, options.dataset_split, columns=columns)
     if options.eval_dataset is not None:

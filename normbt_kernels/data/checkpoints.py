@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file, logging
 
 from normbt_kernels.errors import UserError, first_line
+from normbt_kernels.files import check_name
 
 PAD_TOKEN = "<|pad|>"
 # transformers raises these for bad files, and if a library is missing (flash-attn, gguf).
@@ -48,7 +49,7 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(name, **_files(gguf_file))
     except (OSError, ValueError) as error:
         if base is None:
-            raise UserError(f"no tokenizer can be loaded from {name}: {first_line(error).rstrip(' :')}") from error
+            raise UserError(f"no tokenizer can be loaded from {name}: {first_line(error)}") from error
         return load_tokenizer(base)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         if base is not None:
@@ -148,8 +149,9 @@ def base_of_adapter(name: str) -> str | None:
     """The base model of a peft adapter; None for any other checkpoint.
 
     Raises:
-        UserError: it is an adapter, and peft is not installed.
+        UserError: there is no such folder; or it is an adapter, and peft is not installed.
     """
+    check_name(name)
     try:
         if find_adapter_config_file(name) is None:
             return None

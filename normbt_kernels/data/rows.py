@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from normbt_kernels.errors import UserError, first_line
+from normbt_kernels.files import check_name
 
 Rows = Iterator[tuple[int, Any]]
 NUMBERS = ("margin", "pair_weight")  # what the loss may take of a pair besides its two sequences
@@ -72,7 +73,9 @@ def _read_json(path: Path) -> Rows:
 def _parse_json(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8, in which JSON is written: save the file so ({error})") from error
+    except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from error
 
 
@@ -111,6 +114,7 @@ def _read_parquet(path: Path) -> Rows:
 def _read_hub(name: str, config: str | None, split: str) -> Rows:
     import datasets
 
+    check_name(name)
     try:
         dataset = datasets.load_dataset(name, config, split=split)
     except datasets.exceptions.DatasetGenerationError as error:  # which says only that an error occurred
