@@ -43,8 +43,15 @@ def environment() -> str:
         lines.append(f"{name:16}{installed(name) or 'not installed'}")
     for device in _devices():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
-        lines.append(f"{device!s:16}{name}, backend: {backend_name(device)}")
+        lines.append(f"{device!s:16}{name}, backend: {_served_by(device)}")
     return "\n".join(lines)
+
+
+def _served_by(device: torch.device) -> str:
+    name = backend_name(device)
+    if name != "torch":
+        return name
+    return "numpy (PyTorch operators for few pairs)" if device.type == "cpu" else "PyTorch operators"
 
 
 def _devices() -> list[torch.device]:
