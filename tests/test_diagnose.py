@@ -397,6 +397,10 @@ def test_a_killed_run_is_continued(tmp_path, built_in_checkpoint, monkeypatch):
         (["--model", "MODEL", "--dataset", "bad.jsonl"], "bad.jsonl, row 2: no column 'rejected'"),
         (["--model", "./nowhere", "--dataset", "good.jsonl"], "./nowhere: "),
         (["--model", "MODEL", "--dataset", "good.jsonl", "--max-length", "2"], "4 of 4 pairs are longer than 2 tokens"),
+        (
+            ["--model", "MODEL", "--dataset", "bad.jsonl", "--dataset-split", "a"],
+            "--dataset-split is for the hub, and bad",
+        ),
         (["--out", "results.txt"], "ends in .json"),
         (["--device", "toaster"], "--device toaster: "),
     ],

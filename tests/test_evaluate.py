@@ -355,6 +355,7 @@ def test_bad_rows_are_named(tmp_path, checkpoint, capsys, rows, message):
         (["--dataset", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--dataset", "good.jsonl", "--out", "nowhere/out.json"], "in a folder that exists"),
         (["--dataset", "good.jsonl", "--out", "out.txt"], "ends in .json"),
+        (["--dataset", "good.jsonl", "--dataset-split", "test"], "--dataset-split is for the hub, and good.jsonl is a"),
         (["--dataset", "good.jsonl", "--device", "toaster"], "--device toaster: "),
         (
             ["--dataset", "good.jsonl", "--max-length", "1"],

@@ -170,6 +170,7 @@ def check_train_options(options: TrainOptions) -> None:
     for option in fields(TrainOptions):
         if options.model is None and option.name in OF_A_CHECKPOINT and getattr(options, option.name) != option.default:
             raise UserError(f"{flag(option.name)} needs --model: it changes nothing about the built-in model and pairs")
+    check_splits(options)
     if options.eval_split is not None and options.eval_dataset is None:
         raise UserError("--eval-split is a split of --eval-dataset: name that too, it may be the same as --dataset")
     if options.eval_fraction != DEFAULT_EVAL_FRACTION and options.eval_dataset is not None:
@@ -193,6 +194,14 @@ def check_train_options(options: TrainOptions) -> None:
         for name in OF_NORMBT:
             if getattr(options, name) != getattr(TrainOptions, name):
                 raise UserError(f"{flag(name)} is for the losses named normbt: choose one of them with --loss")
+
+
+def check_splits(options: Any) -> None:
+    """Raises UserError if the options of a command name a split of a file, which has none."""
+    for source, split in (("dataset", "dataset_split"), ("eval_dataset", "eval_split")):
+        path = getattr(options, source, None)
+        if path is not None and Path(path).is_file() and getattr(options, split) != getattr(type(options), split):
+            raise UserError(f"{flag(split)} is for the hub, and {path} is a file, of which all rows are read")
 
 
 # --- evaluate and diagnose -----------------------------------------------------------------------------------------

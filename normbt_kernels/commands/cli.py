@@ -21,6 +21,7 @@ from normbt_kernels.commands.arguments import (
     EvaluateOptions,
     TrainOptions,
     add_options,
+    check_splits,
     check_train_options,
     flag,
     normalize_flags,
@@ -358,6 +359,7 @@ def _checked(options: Judging) -> Judging:
     """`options` with a device that is there, and a place for the results."""
     import torch
 
+    check_splits(options)
     out = options.out
     if out is not None:
         if out.suffix != ".json" or not out.parent.is_dir():
