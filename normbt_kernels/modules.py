@@ -20,7 +20,7 @@ from normbt_kernels.ops.ema import EMA, ArrayCache, move_mu_now
 from normbt_kernels.ops.library import PLAIN
 from normbt_kernels.ops.pair_distance import measure_distances
 from normbt_kernels.ops.pairs import RowPairs
-from normbt_kernels.ops.terms import LossOptions, Mu, Scores
+from normbt_kernels.ops.terms import Mu, Scores
 
 
 class Reduction(NamedTuple):
@@ -79,7 +79,7 @@ class DistanceEMA(nn.Module):
     and the number of pairs of this rank that belong to the gradients accumulated so far.
     """
 
-    label_smoothing, center_coef, eps, max_weight, power, reduction = map(_option, LossOptions._fields)
+    eps, max_weight, power = map(_option, ("eps", "max_weight", "power"))
 
     mu: Tensor
     num_updates: Tensor
@@ -160,6 +160,7 @@ class DistanceEMA(nn.Module):
                 f"{type(optimizer).__name__} has no step hooks: set per_step = True on the loss, and call its "
                 "end_step() after each step"
             )
+        self._forwards_since_step[0] = 0
         ema = weakref.ref(self)
         optimizer.register_step_post_hook(lambda *_: None if ema() is None else ema().end_step())
         self.per_step = True
@@ -392,9 +393,11 @@ class NormBTLoss(DistanceEMA):
             ProcessGroup with its ranks, None with nobody.
         power: as in `normbt_loss`.
 
-    The options are attributes too, and may be changed between two steps. See `DistanceEMA` for what is kept, and when
-    it changes.
+    All but `beta` and `process_group` are attributes too, and may be changed between two steps. See `DistanceEMA` for
+    what is kept, and when it changes.
     """
+
+    label_smoothing, center_coef, reduction = map(_option, ("label_smoothing", "center_coef", "reduction"))
 
     def forward(
         self,
@@ -416,6 +419,8 @@ class LinearNormBTLoss(DistanceEMA):
 
     Args: as `NormBTLoss`.
     """
+
+    label_smoothing, center_coef, reduction = map(_option, ("label_smoothing", "center_coef", "reduction"))
 
     def forward(
         self,

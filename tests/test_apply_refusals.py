@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from normbt_kernels import apply_normbt, remove_normbt
+from normbt_kernels.integrations.head import NUM_CHECKED
 from tests.bradley_terry import bt_loss, mu_of, paired, with_lora
 from tests.tiny_classifiers import TinyDecoder, gradients, make_batch, make_model
 
@@ -103,7 +104,7 @@ def test_head_that_the_loss_does_not_read_is_warned_of_once(name, recwarn):
     model = TwoHeads()
     apply_normbt(model, head=getattr(model, name))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
+    for _ in range(NUM_CHECKED + 1):
         chosen, rejected = model(torch.randn(6, 8))[0].chunk(2)
         nn.functional.softplus(rejected - chosen).mean().backward()
         optimizer.step()

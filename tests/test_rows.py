@@ -1,5 +1,6 @@
 """Pairs in the files that people have: nothing of a row is lost, and what cannot be read is said in one line."""
 
+import csv
 import gzip
 import json
 import resource
@@ -78,6 +79,7 @@ def test_csv_keeps_commas_lines_quotes_and_long_texts(tmp_path):
     quoted = ",".join('"' + text.replace('"', '""') + '"' for text in texts)
     (pair,) = load(tmp_path / "data.csv", f"\ufeffprompt,chosen,rejected\r\n\r\n{quoted}\r\n")
     assert (pair.chosen, pair.rejected) == (texts[0] + texts[1], texts[0] + texts[2])
+    assert csv.field_size_limit() == 131072  # that of the user's own reading
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("margin", "margin"), ("margin", "rating"), ("pair_weight", "votes")])

@@ -248,7 +248,7 @@ def test_pair_weight_multiplies_each_pairs_loss(tokenizer, tmp_path):
 def test_a_margin_or_weight_that_is_no_number_is_refused_before_training(tokenizer, tmp_path, column, value):
     rows = make_dataset(4, margin=False)
     dataset = rows.add_column(column, [value] * 4)
-    with pytest.raises(ValueError, match=f"the eval dataset: '{column}' is not a finite number"):
+    with pytest.raises(ValueError, match=f"the eval dataset, row 1: '{column}' is not a finite number"):
         make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, rows, dataset)
 
 

@@ -81,7 +81,7 @@ def _parse_json(text: bytes, where: str) -> Any:
 
 def _read_csv(path: Path) -> Rows:
     """Values are text; empty ones become None."""
-    csv.field_size_limit(2**31 - 1)  # the most that every platform takes; the default refuses texts over 131072
+    limit = csv.field_size_limit(2**31 - 1)  # the most that every platform takes; texts may be over the default 131072
     try:
         lines = filter(None, csv.reader((line.decode("utf-8-sig") for line in _lines(path)), strict=True))
         header = next(lines, [])
@@ -96,6 +96,8 @@ def _read_csv(path: Path) -> Rows:
             yield number, {name: value or None for name, value in zip(header, values, strict=True)}
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not CSV in UTF-8 ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_parquet(path: Path) -> Rows:

@@ -89,8 +89,8 @@ def apply_normbt(
             (a gradient penalty), or a reentrant checkpoint around the head.
 
     Warns:
-        UserWarning: the head is frozen, as under LoRA without `modules_to_save`. After the first step: no gradient
-            reached the head, as when the loss reads another one.
+        UserWarning: the head is frozen, as under LoRA without `modules_to_save`. After 16 steps: no gradient has come
+            to the head, as when the loss reads another one.
     """
     if applied_to(model):
         raise ValueError(f"NormBT is already applied to this {type(model).__name__}: call remove_normbt(model) first")
@@ -131,6 +131,7 @@ class PairWeights(DistanceEMA):
         self.layout = layout
         self._chosen: Apart | None = None  # of layout "apart", until the rejected rows come
         self._backwards_to_check = NUM_CHECKED
+        self._steps_without_gradient = 0  # until the first gradient comes
         self._gradient_came = [False]  # in a list, because to set an attribute of a module takes a call
         self._knows_optimizers = False
         self._waits_for_weights = False
@@ -252,12 +253,13 @@ class PairWeights(DistanceEMA):
     def end_step(self) -> None:
         self._chosen = None  # left by a forward that was no part of the training
         if self._forwards_since_step[0] > 0 and not self._gradient_came[0]:
-            self._gradient_came[0] = True  # as far as this warning goes
-            warnings.warn(
-                f"the optimizer stepped, but no gradient came to the head {self._head_name!r}, so NormBT weighed none: "
-                "if the loss reads another head, pass that as head= to apply_normbt",
-                stacklevel=2,
-            )
+            self._steps_without_gradient += 1
+            if self._steps_without_gradient == NUM_CHECKED:
+                warnings.warn(
+                    f"in {NUM_CHECKED} steps no gradient came to the head {self._head_name!r}, so NormBT weighed none: "
+                    "if the loss reads another head, pass that as head= to apply_normbt",
+                    stacklevel=2,
+                )
         super().end_step()
 
     # --- what the first backwards show ---

@@ -125,7 +125,7 @@ def refuse_fused_liger(args: Any) -> None:
 def compile_anew() -> None:
     """Drops what Dynamo has compiled: a forward that it compiled before a hook was registered never calls the hook."""
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+        torch._dynamo.reset_code_caches()
 
 
 def last_token(is_token: Tensor) -> Tensor:

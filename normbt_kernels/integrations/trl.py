@@ -137,11 +137,11 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
             )
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
-        def is_kept(pair: Mapping[str, Any]) -> bool:
-            check_numbers(pair, f"the {dataset_name} dataset")
+        def is_kept(pair: Mapping[str, Any], index: int) -> bool:
+            check_numbers(pair, f"the {dataset_name} dataset, row {index + 1}")
             return not is_identical(pair)
 
-        kept = dataset.filter(is_kept)
+        kept = dataset.filter(is_kept, with_indices=True)
         if not hasattr(dataset, "__len__"):  # a stream
             return kept
         left_out = len(dataset) - len(kept)

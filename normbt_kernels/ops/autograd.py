@@ -213,10 +213,11 @@ def _autograd(run: Callable, *arguments) -> LossResult:
     ):
         raise RuntimeError(BACKWARD_ONLY)
     needs = _needs_gradients(inputs)
+    backward_mode, forward_mode = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
 
     def run_call(call: Call, head_gradient: bool) -> LossResult:
-        # For an outer transform: a Function's forward runs without either.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        # As the caller has them, for an outer transform: a Function's forward runs without either.
+        with torch.set_grad_enabled(backward_mode), forward_ad._set_fwd_grad_enabled(forward_mode):
             return LossResult(*run(*Arguments.of(call, head_gradient or asked_for)))
 
     return _differentiable(Passes(call, needs, run_call), call, inputs) if True in needs else run_call(call, False)

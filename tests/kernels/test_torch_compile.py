@@ -342,6 +342,22 @@ def test_derivatives_that_are_no_backward_are_refused_and_never_zero(transform, 
         take(loss_of, case.inputs[name])
 
 
+@pytest.mark.parametrize("num_pairs", [3, 300])
+def test_no_grad_inside_nested_transforms_is_kept(num_pairs):
+    case = linear_case(num_pairs)
+
+    def with_constant_loss(hidden):
+        with torch.no_grad():
+            loss = OURS["linear"](hidden, case.inputs["weight"], bias=case.inputs["bias"], **case.arguments)
+        return (hidden**2).sum() * loss
+
+    def gradient_sum(hidden):
+        return torch.func.grad(with_constant_loss)(hidden).sum()
+
+    expected = torch.full_like(case.inputs["hidden"], 2 * ours(case).loss)
+    torch.testing.assert_close(torch.func.grad(gradient_sum)(case.inputs["hidden"]), expected)
+
+
 @pytest.mark.parametrize("trained", ["body", "head", ""], ids=["body alone", "head alone", "all"])
 @pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=compiles)])
 def test_func_grad_is_autograds(trained, backend, model_and_gradients):
