@@ -213,16 +213,6 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
             optional=True,
         ),
         Stage(
-            "flex step",  # which PyTorch compiles first, and on a CPU does not train
-            (PYTHON, "-m", "bench", "train-step", "--realistic", "--attention", "flex_attention",
-             "--contender", "padding-free", "--out", str(out / "flex-step"), "--steps", "4"),
-            150,
-            writes=[out / "flex-step" / "realistic-step.json"],
-            skip=no_gpu if installed("trl") else NO_TRL,
-            leaves=0,
-            optional=True,
-        ),
-        Stage(
             "scaling",
             (PYTHON, "-m", "bench", "scaling", "--quick", "--out", str(out)),
             120,
@@ -243,6 +233,16 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
                 optional=True,
             )
             for name, entry, folder in (("tune", "linear", out), ("tune reward", "reward", out / "tune-reward"))
+        ),
+        Stage(
+            "flex step",  # which PyTorch compiles first, and on a CPU does not train
+            (PYTHON, "-m", "bench", "train-step", "--realistic", "--attention", "flex_attention",
+             "--contender", "padding-free", "--out", str(out / "flex-step"), "--steps", "4"),
+            150,
+            writes=[out / "flex-step" / "realistic-step.json"],
+            skip=no_gpu if installed("trl") else NO_TRL,
+            leaves=0,
+            optional=True,
         ),
     ]  # fmt: skip
 
