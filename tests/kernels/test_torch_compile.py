@@ -329,9 +329,8 @@ def dual(f, x):
 
 @pytest.mark.parametrize("transform", [*TRANSFORMS, "dual tensors"])
 @pytest.mark.parametrize("form", ["linear", "reward"])
-@pytest.mark.parametrize("num_pairs", [3, 300])
-def test_derivatives_that_are_no_backward_are_refused_and_never_zero(transform, form, num_pairs):
-    case = CASES[form](num_pairs)
+def test_derivatives_that_are_no_backward_are_refused_and_never_zero(transform, form):
+    case = CASES[form]()
     name, *others = case.inputs
     message, take = TRANSFORMS.get(transform, (FORWARD_MODE, dual))
 
@@ -342,9 +341,8 @@ def test_derivatives_that_are_no_backward_are_refused_and_never_zero(transform, 
         take(loss_of, case.inputs[name])
 
 
-@pytest.mark.parametrize("num_pairs", [3, 300])
-def test_no_grad_inside_nested_transforms_is_kept(num_pairs):
-    case = linear_case(num_pairs)
+def test_no_grad_inside_nested_transforms_is_kept():
+    case = linear_case()
 
     def with_constant_loss(hidden):
         with torch.no_grad():
