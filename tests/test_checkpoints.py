@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertForMaskedLM, Ll
 
 from normbt_kernels.commands import cli
 from normbt_kernels.data.checkpoints import load_model, load_tokenizer, load_training_tokenizer, position_limit
-from normbt_kernels.errors import UserError, first_line
+from normbt_kernels.errors import UserError, first_sentence
 from tests.test_evaluate import make_rows, make_tokenizer, own_rewards, save, write_jsonl
 from tests.tiny_classifiers import make_model
 
@@ -105,7 +105,7 @@ def test_a_reason_is_never_cut_within_its_sentence(tmp_path):
         load_tokenizer(str(tmp_path))
     with pytest.raises(RuntimeError) as mismatch:  # many lines, the first of which ends in a colon
         torch.nn.Linear(1, 1).load_state_dict({})
-    assert first_line(mismatch.value).endswith('in state_dict: "weight", "bias".')
+    assert first_sentence(mismatch.value).endswith('in state_dict: "weight", "bias".')
 
 
 def test_the_attention_is_chosen_or_refused_in_words(tokenizer, tmp_path):

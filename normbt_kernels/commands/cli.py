@@ -27,7 +27,7 @@ from normbt_kernels.commands.arguments import (
     normalize_flags,
     options_from,
 )
-from normbt_kernels.errors import UserError, first_line
+from normbt_kernels.errors import UserError, first_sentence
 from normbt_kernels.files import check_folder, check_new_file, disk_trouble, free_path
 
 if TYPE_CHECKING:
@@ -369,7 +369,7 @@ def _checked(options: Judging) -> Judging:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device}: {first_line(error)}") from error
+        raise UserError(f"--device {device}: {first_sentence(error)}") from error
     return replace(options, device=device)
 
 

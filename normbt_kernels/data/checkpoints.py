@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file, logging
 
-from normbt_kernels.errors import UserError, first_line
+from normbt_kernels.errors import UserError, first_sentence
 from normbt_kernels.files import check_name
 
 PAD_TOKEN = "<|pad|>"
@@ -49,7 +49,7 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(name, **_files(gguf_file))
     except (OSError, ValueError) as error:
         if base is None:
-            raise UserError(f"no tokenizer can be loaded from {name}: {first_line(error)}") from error
+            raise UserError(f"no tokenizer can be loaded from {name}: {first_sentence(error)}") from error
         return load_tokenizer(base)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         if base is not None:
@@ -184,7 +184,7 @@ def _load_classifier(
         if gguf_file is not None:  # transformers takes this model for quantised, and refuses to save it
             model = _copied(model)
     except CANNOT_LOAD as error:
-        raise UserError(f"{name}: {first_line(error)}") from error
+        raise UserError(f"{name}: {first_sentence(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     return model, config, _new_weights(name, model, config, report)
@@ -320,7 +320,7 @@ def add_lora(model: nn.Module, rank: int, alpha: int | None, targets: Sequence[s
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"--lora-target: {first_line(error)}") from error
+        raise UserError(f"--lora-target: {first_sentence(error)}") from error
 
 
 # --- limits --------------------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def _checkpoint_positions(name: str, gguf_file: str | None) -> int | None:
         with torch.device("meta"):
             return position_limit(AutoModelForSequenceClassification.from_config(config))
     except CANNOT_LOAD as error:
-        raise UserError(f"{name}: {first_line(error)}") from error
+        raise UserError(f"{name}: {first_sentence(error)}") from error
 
 
 def position_limit(model: nn.Module) -> int | None:

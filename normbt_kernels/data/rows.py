@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from normbt_kernels.errors import UserError, first_line
+from normbt_kernels.errors import UserError, first_sentence
 from normbt_kernels.files import check_name
 
 Rows = Iterator[tuple[int, Any]]
@@ -54,7 +54,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             yield from lines
     except (OSError, EOFError, zlib.error) as error:  # gzip's, for a file that is cut off, damaged or not gzip
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_sentence(error)})") from error
 
 
 def _read_jsonl(path: Path) -> Rows:
@@ -108,9 +108,9 @@ def _read_parquet(path: Path) -> Rows:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not Parquet ({first_line(error)})") from error
+        raise UserError(f"{path}: not Parquet ({first_sentence(error)})") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_sentence(error)})") from error
 
 
 def _read_hub(name: str, config: str | None, split: str) -> Rows:
@@ -120,9 +120,9 @@ def _read_hub(name: str, config: str | None, split: str) -> Rows:
     try:
         dataset = datasets.load_dataset(name, config, split=split)
     except datasets.exceptions.DatasetGenerationError as error:  # which says only that an error occurred
-        raise UserError(f"{name}: {first_line(error.__cause__ or error)}") from error
+        raise UserError(f"{name}: {first_sentence(error.__cause__ or error)}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{name}: {first_line(error)}") from error
+        raise UserError(f"{name}: {first_sentence(error)}") from error
     yield from enumerate(dataset, start=1)
 
 

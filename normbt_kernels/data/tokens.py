@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from normbt_kernels.data.preferences import OPTIONAL_COLUMNS, Preference, Text
 from normbt_kernels.data.rows import NUMBERS
-from normbt_kernels.errors import UserError, first_line
+from normbt_kernels.errors import UserError, first_sentence
 
 Row = Mapping[str, Any]
 SIDES = ("chosen_ids", "rejected_ids")
@@ -73,7 +73,7 @@ def token_ids(
     try:
         laid_out = tokenizer.apply_chat_template(text, tokenize=False, **(template or {}))
     except Exception as error:  # a template is a program of the model's authors: it may raise anything
-        raise UserError(f"{where}: the chat template refuses it ({first_line(error)})") from error
+        raise UserError(f"{where}: the chat template refuses it ({first_sentence(error)})") from error
     return np.asarray(tokenizer(laid_out, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
 

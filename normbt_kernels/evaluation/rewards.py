@@ -38,8 +38,9 @@ def score_pairs(
     Raises:
         UserError: a row has an empty side, or a token that the model has no embedding for.
     """
+    vocabulary = vocabulary_size(model)
     for number, row in enumerate(rows, start=1):
-        check_ids(row, f"pair {number}", vocabulary_size(model))
+        check_ids(row, f"pair {number}", vocabulary)
     collate = PreferenceCollator(tokenizer)
     order = sorted(range(len(rows)), key=lambda i: -num_tokens(rows[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

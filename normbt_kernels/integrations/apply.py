@@ -132,7 +132,7 @@ class PairWeights(DistanceEMA):
         self._chosen: Apart | None = None  # of layout "apart", until the rejected rows come
         self._backwards_to_check = NUM_CHECKED
         self._steps_without_gradient = 0  # until the first gradient comes
-        self._gradient_came = [False]  # in a list, because to set an attribute of a module takes a call
+        self._gradient_came = False
         self._knows_optimizers = False
         self._waits_for_weights = False
 
@@ -197,7 +197,8 @@ class PairWeights(DistanceEMA):
         """From `gradient`, that of the logits under BT, the one under NormBT: same dtype, computed in fp32 or wider."""
         if torch.is_grad_enabled():
             _refuse_second_backward()
-        self._gradient_came[0] = True
+        if not self._gradient_came:
+            self._gradient_came = True
         sides = self._sides(_at(pooled, gradient))
         if gradient.dtype != weight.dtype:
             dtype = torch.promote_types(gradient.dtype, weight.dtype)
@@ -234,7 +235,8 @@ class PairWeights(DistanceEMA):
         """The gradient of one side under NormBT: that under BT times the weight, as there is no centering term."""
         if torch.is_grad_enabled():
             _refuse_second_backward()
-        self._gradient_came[0] = True
+        if not self._gradient_came:
+            self._gradient_came = True
         if batch.weight is None:
             self._chosen = None  # the next forward is one on chosen sequences again
             raise ValueError(
@@ -252,7 +254,7 @@ class PairWeights(DistanceEMA):
 
     def end_step(self) -> None:
         self._chosen = None  # left by a forward that was no part of the training
-        if self._forwards_since_step[0] > 0 and not self._gradient_came[0]:
+        if self._forwards_since_step[0] > 0 and not self._gradient_came:
             self._steps_without_gradient += 1
             if self._steps_without_gradient == NUM_CHECKED:
                 warnings.warn(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from normbt_kernels.data.packing import pack, unpack
-from normbt_kernels.errors import UserError, first_line
+from normbt_kernels.errors import UserError, first_sentence
 from normbt_kernels.integrations.head import (
     Head,
     HeadReader,
@@ -251,7 +251,7 @@ class Shortcuts:
                     except UserError:
                         raise
                     except Exception as error:
-                        reason = f"{type(error).__name__}: {first_line(error)}"
+                        reason = f"{type(error).__name__}: {first_sentence(error)}"
                         raise UserError(f"{model} cannot be called with {name} ({reason}): set {name}=False") from error
                     off = ((rows - plain).norm(dim=-1) / plain.norm(dim=-1)).max().item()
                     if not off <= self._rounding:
