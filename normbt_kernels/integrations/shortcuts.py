@@ -30,9 +30,11 @@ from normbt_kernels.integrations.head import (
     text_config,
 )
 from normbt_kernels.integrations.late_pooling import Narrowing, OfEachForward, modules_to_narrow
+from normbt_kernels.integrations.packed_attention import PACKED_SDPA, carry, has_flash_attention, use_packed_sdpa
 
 # These kinds of attention need no mask over all pairs of tokens of a row, so a batch is one long row.
-VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+VARIABLE_LENGTH = (*FLASH_ATTENTION, "flex_attention")
 PACKED = ("input_ids", "position_ids", "last_token", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 MAX_MASK = 2**30  # entries of a mask over all pairs of tokens of each row, one byte each
 
@@ -86,9 +88,21 @@ def remove_shortcuts(model: nn.Module) -> None:
         del owner.normbt_shortcuts
 
 
-def packing_for(model: nn.Module) -> Literal["rows", "one row"]:
-    """The `packing` that a `PreferenceCollator` needs for the attention of this model."""
-    return "one row" if getattr(model.config, "_attn_implementation", None) in VARIABLE_LENGTH else "rows"
+def packing_for(
+    model: nn.Module, device: torch.device, autocast: torch.dtype | None = None
+) -> Literal["rows", "one row"]:
+    """The `packing` that suits the attention of this model on this device, under autocast to a dtype or without.
+
+    One row is right for "sdpa" anywhere (if `install_shortcuts` could replace it), but slow without flash attention.
+    """
+    attention = attention_of(model)
+    if attention == PACKED_SDPA:
+        return "one row" if has_flash_attention(device, autocast or model.dtype) else "rows"
+    return "one row" if attention in VARIABLE_LENGTH else "rows"
+
+
+def attention_of(model: nn.Module) -> str | None:
+    return getattr(model.config, "_attn_implementation", None)
 
 
 class Shortcuts:
@@ -104,6 +118,7 @@ class Shortcuts:
         self._packed_shape: torch.Size | None = None  # (R, L) of a packed batch, during its forward
         self._rewards: Tensor | None = None  # (N, 1) of a packed batch, from the head to the end of the forward
         narrow = modules_to_narrow(owner) if late_pooling else []
+        self._changed_attention = padding_free and use_packed_sdpa(owner)
         self._hooks = [
             *(Narrowing(module, self._rows_of_last_layer) for module in narrow),
             # This hook runs first, so that other hooks see the inputs that the model computes with.
@@ -119,6 +134,8 @@ class Shortcuts:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        if self._changed_attention:
+            self._head.owner.set_attn_implementation("sdpa")
 
     # --- one forward ---
 
@@ -195,19 +212,33 @@ class Shortcuts:
             raise UserError("padding_free has the model return rewards and no loss: call it without labels")
         if "last_token" not in inputs:
             input_ids = self._input_ids(inputs)
-            inputs |= pack(input_ids, mask_of(inputs, input_ids), self._pad_token_id(), self._in_one_row())
-        rows, length = inputs["input_ids"].shape
-        if not self._in_one_row() and rows * length**2 > MAX_MASK:
+            inputs |= pack(input_ids, mask_of(inputs, input_ids), self._pad_token_id(), self._in_one_row(input_ids))
+        # With a cache, transformers does not see that sequences are packed; by default it makes one.
+        inputs |= {"attention_mask": self._mask(inputs)}
+        return inputs | ({"use_cache": False} if "use_cache" in self._names else {})
+
+    def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """What a packed batch has for a mask. Without one, transformers goes by `position_ids` and the lengths."""
+        attention, (rows, length) = attention_of(self._head.owner), inputs["input_ids"].shape
+        if attention == PACKED_SDPA and "cu_seq_lens_q" in inputs:
+            return carry(inputs["cu_seq_lens_q"], inputs["max_length_q"])
+        if attention in FLASH_ATTENTION and rows > 1:
+            raise UserError(
+                f"{attention} would look beyond the sequences of this batch, which is packed in {rows} rows: it needs "
+                "one row, pack(..., one_row=True) or PreferenceCollator(..., packing='one row')"
+            )
+        if attention not in VARIABLE_LENGTH and rows * length**2 > MAX_MASK:
             raise UserError(
                 f"padding_free needs a mask of {rows} x {length} x {length} for the attention of this model: load it "
                 "with attn_implementation='flash_attention_2' (pip install flash-attn) or 'flex_attention' (normbt "
                 "train: --attn-implementation), or take fewer or shorter sequences"
             )
-        # With a mask or a cache, transformers does not see that sequences are packed; by default it makes a cache.
-        return inputs | {"attention_mask": None} | ({"use_cache": False} if "use_cache" in self._names else {})
+        return None
 
-    def _in_one_row(self) -> bool:
-        return packing_for(self._head.owner) == "one row"
+    def _in_one_row(self, input_ids: Tensor) -> bool:
+        device = input_ids.device
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return packing_for(self._head.owner, device, autocast) == "one row"
 
     def _padded(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of a padded batch, from those of a padded or of a packed one."""
@@ -268,7 +299,7 @@ class Shortcuts:
     def _two_in_a_row(self, padded: dict[str, Any]) -> dict[str, Any]:
         """Packs with rows twice as long, so that sequences share a row even in a batch where they would not."""
         ids, mask = padded["input_ids"], padded.get("attention_mask")
-        return padded | pack(ids, mask, self._pad_token_id(), self._in_one_row(), row_length=2 * ids.shape[1])
+        return padded | pack(ids, mask, self._pad_token_id(), self._in_one_row(ids), row_length=2 * ids.shape[1])
 
     def _rows_read(self, inputs: Mapping[str, Any]) -> Tensor:
         """What the head reads of the scored tokens, (N, H), in fp32 or wider."""

@@ -322,6 +322,56 @@ def amp_survives_overflow() -> None:
     assert (loss_fn.num_updates, scaler.get_scale()) == (3, 2.0**10)
 
 
+# --- packed sequences ----------------------------------------------------------------------------------------------
+
+
+def packed_training_is_as_exact_as_padded() -> str | None:
+    """Rewards and gradients of a decoder with `padding_free`, which attends by flash attention on a GPU."""
+    try:
+        from transformers import LlamaConfig, LlamaForSequenceClassification
+    except ImportError:
+        return "transformers is not installed"
+    from normbt_kernels.data.packing import pack
+    from normbt_kernels.integrations.shortcuts import install_shortcuts
+
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, num_labels=1, pad_token_id=0, attn_implementation="sdpa",
+    )  # fmt: skip
+    weights = LlamaForSequenceClassification(config).state_dict()
+    lengths = torch.tensor([1, 200, 7, 64, 129, 33])
+    mask = (torch.arange(200) < lengths[:, None]).long()
+    ids = torch.randint(1, 64, mask.shape) * mask
+    padded, packed = {"input_ids": ids, "attention_mask": mask}, pack(ids, mask, 0, one_row=True)
+
+    def train(batch: dict, dtype: torch.dtype, autocast: bool = False, compiled: bool = False) -> list[Tensor]:
+        """Rewards and all gradients, in fp64."""
+        model = LlamaForSequenceClassification(config).to(DEVICE, dtype).train()
+        model.load_state_dict(weights)
+        if autocast:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if batch is packed:
+            install_shortcuts(model, padding_free=True)
+        if compiled:
+            model.compile()
+        batch = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            rewards = model(**batch).logits.double()
+        (rewards.squeeze(-1) * torch.linspace(-1, 1, len(lengths), device=DEVICE)).sum().backward()
+        gradients = [parameter.grad.double().flatten() for parameter in model.parameters()]
+        return [rewards.detach(), torch.cat(gradients)]
+
+    expected = train(padded, torch.float64)
+    settings = [{"dtype": torch.bfloat16}, {"dtype": torch.float32, "autocast": True}]
+    if ON_GPU:  # Inductor takes minutes to compile C++
+        settings.append({"dtype": torch.bfloat16, "compiled": True})
+    for setting in settings:
+        for seen, plain, right in zip(train(packed, **setting), train(padded, **setting), expected, strict=True):
+            error, allowed = (seen - right).norm(), (plain - right).norm()
+            assert error <= 1.5 * allowed, f"{setting}: {error / right.norm():.2g}, padded {allowed / right.norm():.2g}"
+    return None
+
+
 # --- for compute-sanitizer -----------------------------------------------------------------------------------------
 
 
@@ -353,6 +403,7 @@ CHECKS = {
         graph_of_several_ranks_is_refused,
         compiled_whole_is_eager_to_the_bit,
         amp_survives_overflow,
+        packed_training_is_as_exact_as_padded,
         a_little_of_everything,
     )
 }

@@ -1,0 +1,158 @@
+"""Attention within packed sequences: as exact as attention with a mask, or refused in one sentence."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from normbt_kernels.data.packing import pack
+from normbt_kernels.integrations.packed_attention import PACKED_SDPA, attend, carry, has_flash_attention
+from normbt_kernels.integrations.shortcuts import attention_of, install_shortcuts, packing_for, remove_shortcuts
+from tests.every_classifier import make_classifier
+from tests.test_shortcuts import bt_loss
+from tests.tiny_classifiers import PAD, make_batch, make_model
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEADS, WIDTH, ENDS = 4, 32, (0, 1, 6, 134, 434)
+
+
+class Attention(nn.Module):
+    """As much of a layer as an attention function looks at."""
+
+    is_causal = True
+
+    def __init__(self, key_heads=HEADS):
+        super().__init__()
+        self.num_key_value_groups = HEADS // key_heads
+
+
+def random_tensors(key_heads, dtype):
+    """Query, key, value and an upstream gradient of one row, in `dtype`."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, ENDS[-1], WIDTH) for heads in (HEADS, key_heads, key_heads)] + [(1, ENDS[-1], HEADS, WIDTH)]
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+
+
+def mask_of(window):
+    """True where a token of the row looks at another one: in its sequence, not later, and not `window` earlier."""
+    sequence = torch.cat([torch.full((end - start,), i) for i, (start, end) in enumerate(pairwise(ENDS))])
+    behind = torch.arange(ENDS[-1])[:, None] - torch.arange(ENDS[-1])
+    seen = (sequence[:, None] == sequence) & (behind >= 0) & (behind < (window or ENDS[-1]))
+    return seen[None, None].to(DEVICE)
+
+
+def result_and_gradients(run, query, key, value, upstream):
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    out = run(*leaves)
+    return [tensor.double() for tensor in (out.detach(), *torch.autograd.grad(out, leaves, upstream))]
+
+
+def by_definition(mask):
+    def run(query, key, value):
+        key, value = (tensor.repeat_interleave(HEADS // tensor.shape[1], dim=1) for tensor in (key, value))
+        scores = (query @ key.mT * WIDTH**-0.5).masked_fill(~mask, float("-inf"))
+        return (scores.softmax(dim=-1) @ value).transpose(1, 2)
+
+    return run
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_within_sequences_it_is_as_exact_as_with_a_mask(dtype, key_heads, window):
+    """Against fp64, result and gradients. On a GPU the 16-bit ones are flash attention's."""
+    tensors, module, mask = random_tensors(key_heads, dtype), Attention(key_heads), mask_of(window)
+    expected = result_and_gradients(by_definition(mask), *(tensor.double() for tensor in tensors))
+    carried = carry(torch.tensor(ENDS, dtype=torch.int32, device=DEVICE), 300)
+
+    def packed(*rows):
+        return attend(sdpa_attention_forward, module, *rows, carried, scaling=WIDTH**-0.5, sliding_window=window)[0]
+
+    def masked(*rows):
+        return sdpa_attention_forward(module, *rows, mask, scaling=WIDTH**-0.5)[0]
+
+    errors = {
+        run: [(seen - value).norm() for seen, value in zip(result_and_gradients(run, *tensors), expected, strict=True)]
+        for run in (packed, masked)
+    }
+    for seen, allowed, value in zip(errors[packed], errors[masked], expected, strict=True):
+        assert seen <= 1.5 * allowed + 1e-7 * value.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [({"softcap": 50.0}, "softcap"), ({"is_causal": False}, "attention to later tokens")],
+    ids=["softcap", "not causal"],
+)
+def test_what_it_does_not_do_is_refused(options, what):
+    *rows, _ = random_tensors(HEADS, torch.float32)
+    carried = carry(torch.tensor(ENDS, dtype=torch.int32, device=DEVICE), 300)
+    with pytest.raises(ValueError, match=f"Attention asks for {what}, which packed sequences do not get"):
+        attend(sdpa_attention_forward, Attention(), *rows, carried, **options)
+
+
+def test_dropout_is_that_of_sdpa():
+    """Which flash attention of variable length has none of."""
+    *rows, _ = random_tensors(HEADS, torch.bfloat16)
+    carried = carry(torch.tensor(ENDS, dtype=torch.int32, device=DEVICE), 300)
+    kept, dropped = (attend(sdpa_attention_forward, Attention(), *rows, carried, dropout=p)[0] for p in (0.0, 0.5))
+    assert (dropped[0, 0] == 0).any()  # the first sequence is one token long, and drops what it looks at
+    assert not (kept[0, 0] == 0).any()
+
+
+def test_a_model_has_it_while_it_has_the_shortcut_and_saves_nothing_of_it(tmp_path):
+    model = make_model()
+    install_shortcuts(model, padding_free=True)
+    assert attention_of(model) == PACKED_SDPA
+    model.save_pretrained(tmp_path)
+    assert "attn" not in " ".join(json.loads((tmp_path / "config.json").read_text()))
+    remove_shortcuts(model)
+    assert attention_of(model) == "sdpa"
+    install_shortcuts(model, late_pooling=True)
+    assert attention_of(model) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [("gpt_neo", "eager"), ("doge", "its mask holds more"), ("phimoe", "its window is in the mask alone")],
+)
+def test_models_that_need_their_mask_keep_it(architecture, why):
+    model = make_classifier(architecture)
+    before = attention_of(model)
+    install_shortcuts(model, padding_free=True)
+    assert attention_of(model) == before
+    assert packing_for(model, torch.device("cuda"), torch.bfloat16) == "rows"
+
+
+def test_one_row_is_for_flash_attention(monkeypatch):
+    gpu, capability = torch.device("cuda"), (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_flash_attention(gpu, torch.bfloat16)
+    assert has_flash_attention(gpu, torch.float16)
+    assert not has_flash_attention(gpu, torch.float32)
+    assert not has_flash_attention(torch.device("cpu"), torch.bfloat16)
+    model = make_model()
+    assert packing_for(model, gpu, torch.bfloat16) == "rows"  # "sdpa" as it was
+    install_shortcuts(model, padding_free=True)
+    assert packing_for(model, gpu, torch.bfloat16) == "one row"
+    assert packing_for(model, gpu) == "rows"
+    assert packing_for(model.bfloat16(), gpu) == "one row"
+    capability = (7, 5)
+    assert packing_for(model, gpu) == "rows"
+
+
+def test_rows_are_not_given_to_flash_attention():
+    """Which goes by the ends of sequences in one row, and would look beyond them in several."""
+    model, batch = make_model(), make_batch(3)
+    install_shortcuts(model, padding_free=True)
+    bt_loss(model, batch)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"packed in \d rows: it needs one row, pack\(..., one_row=True\)"):
+        model(**pack(**batch, pad_token_id=PAD))
