@@ -10,8 +10,9 @@ shortcut, without gradients, and the results are compared: a model for which a s
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -324,6 +325,12 @@ class Shortcuts:
         self._rounding = torch.finfo(dtype).eps ** 0.5
 
 
+def _eager() -> AbstractContextManager:
+    """Has compiled models run as they are written. Compiled code would be made for forwards that are made once, and
+    PyTorch 2.11 fails to guard a head that has a hook more in them."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 @contextmanager
 def _unnoticed(head: Head) -> Iterator[None]:
     """Switches off gradients, dropout and other readers of the head. Afterwards the modes, the random state and the
@@ -333,7 +340,7 @@ def _unnoticed(head: Head) -> Iterator[None]:
     readers = [(reader, reader._expected) for reader in hooks if isinstance(reader, HeadReader)]
     device = next(head.owner.parameters()).device
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), _eager():
             for module, _ in modes:
                 module.training = False
             for reader, _ in readers:
