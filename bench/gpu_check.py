@@ -183,6 +183,14 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
             writes=[out / f"{name}.json" for name in ("speed", "memory", "train-step")],
             skip=no_use,
         ),
+        Stage(
+            "larger step",  # of a model whose host does not limit it
+            (PYTHON, "-m", "bench", "train-step", "--out", str(out / "larger-step"), *model),
+            90,
+            writes=[out / "larger-step" / "train-step.json"],
+            skip=no_use,
+            optional=True,
+        ),
         Stage("goals", (PYTHON, "-m", "bench.goals", str(out)), 30, writes=[out / "goals.json"], leaves=0),
         # What follows has no goal on a GPU yet, and takes what time is left.
         Stage(
@@ -200,15 +208,6 @@ def measurements(out: Path, smoke: bool, gpu: bool) -> list[Stage]:
             120,
             writes=[out / "realistic-step.json"],
             skip=no_use if installed("trl") else NO_TRL,
-            leaves=0,
-            optional=True,
-        ),
-        Stage(
-            "larger step",  # of a model whose host does not limit it
-            (PYTHON, "-m", "bench", "train-step", "--out", str(out / "larger-step"), *model),
-            90,
-            writes=[out / "larger-step" / "train-step.json"],
-            skip=no_use,
             leaves=0,
             optional=True,
         ),
