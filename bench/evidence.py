@@ -251,22 +251,22 @@ def numbers() -> str:
 
 def headline() -> str:
     """What a call and a training step take on a GPU."""
-    speed, step = results(f"{GPU}/speed.json"), results(f"{GPU}/realistic-step.json")
-    times = times_of(speed, "device")
+    speed, reward, step = (results(f"{GPU}/{name}.json") for name in ("speed", "reward/speed", "realistic-step"))
+    times = times_of(speed, "device") | times_of(reward, "device")
     pairs, of_linear = max(times["linear"].items())
     copy, *rivals = (of_linear[rival] / of_linear["ours"] for rival in ("copy", "eager", "compiled", "bt-eager"))
     eager, compiled, bt = (f"{ratio:.1f}" for ratio in rivals)
     given_rewards = sorted(of["ours"] / of["compiled"] for of in times["reward"].values())
     settings, steps = step["settings"], {row["contender"]: row for row in step["rows"]}
-    ours, both, grouped = (f"{steps[name]['time_ratio']:.2f}" for name in ("padded", "both", "trl-grouped"))
+    padded, packed, grouped = (f"{steps[name]['time_ratio']:.2f}" for name in ("padded", "padding-free", "trl-grouped"))
     gpu, hidden_size = speed["environment"]["device"]["name"], speed["rows"][0]["hidden_size"]
     text = (
         f"On one {gpu} (P={pairs}, H={hidden_size}, bf16) the loss with its head reaches {copy:.0%} of a plain "
         f"copy's speed, forward and backward: {eager} times as fast as eager NormBT, {compiled} as its "
         f"`torch.compile`, {bt} as eager BT. Given rewards, it takes {given_rewards[0]:.2f} to {given_rewards[-1]:.2f} "
         f"of the GPU time of `torch.compile`. A step of a Llama ({settings['layers']} layers, "
-        f"{steps['trl']['padding']:.0%} padding) takes {ours} of TRL's with BT; with late pooling and without padding "
-        f"{both}, where TRL's own grouping by length takes {grouped} ([the whole step](docs/whole-step.md))."
+        f"{steps['trl']['padding']:.0%} padding) takes {padded} of TRL's with BT, and {packed} without padding, "
+        f"where TRL's own grouping by length takes {grouped} ([the whole step](docs/whole-step.md))."
     )
     return textwrap.fill(text, 125, break_long_words=False, break_on_hyphens=False) + "\n"
 
@@ -340,8 +340,9 @@ def static_rows() -> list[list[str]]:
 
 
 def gpu_rows() -> list[list[str]]:
-    large, few, step = (results(f"{GPU}/{name}.json") for name in ("speed", "goals/small/speed", "realistic-step"))
-    times = times_of(large, "device")
+    names = "speed", "reward/speed", "goals/small/speed", "realistic-step"
+    large, reward, few, step = (results(f"{GPU}/{name}.json") for name in names)
+    times = times_of(large, "device") | times_of(reward, "device")  # given rewards, backward is one launch since
     most = max(times["linear"])
     shares = []
     for entry, of_entry in times.items():
@@ -378,7 +379,7 @@ def gpu_rows() -> list[list[str]]:
             f"P={most}, H={large['rows'][0]['hidden_size']}, bf16 (reward: given rewards, where BT reads no rows; "
             "linear: with the head; frozen: only the head trained; kwise: explicit pairs)",
             "; ".join(shares),
-            command_of(large),
+            f"{command_of(large)}; reward: {command_of(reward)}",
         ],
         [
             f"time of a call from Python on the same GPU, P={pairs[0]} to {pairs[-1]}, linear",

@@ -1,7 +1,7 @@
 """Two shortcuts through a decoder's training step that change no reward and no gradient.
 
-    late pooling   in the last layer only the scored tokens pass q_proj, o_proj and the MLP      late_pooling.py
-    padding-free   the sequences of a batch stand side by side, without padding                  data/packing.py
+    late pooling   in the last layer only the scored tokens pass q_proj, o_proj and the MLP    late_pooling.py
+    padding-free   the sequences of a batch stand side by side, without padding    data/packing.py, packed_attention.py
 
 The model is called as before and returns one reward for each sequence. The first forward runs with and without each
 shortcut, without gradients, and the results are compared: a model for which a shortcut is not exact is refused.
@@ -59,6 +59,8 @@ def install_shortcuts(model: nn.Module, *, late_pooling: bool = False, padding_f
         late_pooling: in the last layer only the scored tokens pass the MLP and the attention's projections of
             queries and output.
         padding_free: padding is not computed. A sequence ends with the rightmost token that is not the pad token.
+            The attention of a model that uses "sdpa" is `packed_attention`'s as long as it has the shortcut: on a GPU,
+            PyTorch's flash attention without a mask.
 
     Raises:
         ValueError: the model has no scalar head, has shortcuts already, or is not built like a decoder. At the first
