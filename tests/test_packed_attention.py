@@ -12,7 +12,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from normbt_kernels.data.packing import pack
-from normbt_kernels.integrations.packed_attention import PACKED_SDPA, attend, carry, has_flash_attention
+from normbt_kernels.integrations.packed_attention import PACKED_SDPA, attend, carry
 from normbt_kernels.integrations.shortcuts import attention_of, install_shortcuts, packing_for, remove_shortcuts
 from tests.every_classifier import make_classifier
 from tests.test_shortcuts import bt_loss
@@ -128,22 +128,17 @@ def test_models_that_need_their_mask_keep_it(architecture, why):
     before = attention_of(model)
     install_shortcuts(model, padding_free=True)
     assert attention_of(model) == before
-    assert packing_for(model, torch.device("cuda"), torch.bfloat16) == "rows"
+    assert packing_for(model, torch.device("cuda")) == "rows"
 
 
 def test_one_row_is_for_flash_attention(monkeypatch):
     gpu, capability = torch.device("cuda"), (8, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_flash_attention(gpu, torch.bfloat16)
-    assert has_flash_attention(gpu, torch.float16)
-    assert not has_flash_attention(gpu, torch.float32)
-    assert not has_flash_attention(torch.device("cpu"), torch.bfloat16)
     model = make_model()
-    assert packing_for(model, gpu, torch.bfloat16) == "rows"  # "sdpa" as it was
+    assert packing_for(model, gpu) == "rows"  # "sdpa" as it was
     install_shortcuts(model, padding_free=True)
-    assert packing_for(model, gpu, torch.bfloat16) == "one row"
-    assert packing_for(model, gpu) == "rows"
-    assert packing_for(model.bfloat16(), gpu) == "one row"
+    assert packing_for(model, gpu) == "one row"
+    assert packing_for(model, torch.device("cpu")) == "rows"
     capability = (7, 5)
     assert packing_for(model, gpu) == "rows"
 

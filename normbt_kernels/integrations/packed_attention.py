@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,9 +56,9 @@ def _needs_no_mask(model: PreTrainedModel) -> bool:
     return model._can_set_attn_implementation() and layer_types <= LAYER_TYPES and (tells_window or not has_window)
 
 
-def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch has flash attention for activations of this dtype."""
-    return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether PyTorch has flash attention there, for activations in 16 bits. On AMD's GPUs it was never tried."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def carry(ends: Tensor, max_length: int) -> Tensor:
@@ -112,14 +111,15 @@ def _attend_within(
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     served = query.is_cuda and query.dtype.itemsize == 2 and width == value.shape[-1] <= 256 and width % 8 == 0
     if served and dropout == 0:
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        # Not [0], whose derivative fills a tensor with zeros.
+        rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         lengths = ends, ends, max_length, max_length
         return varlen_attn(*rows, *lengths, scale=scaling, window_size=window, **FEWER_KEY_HEADS)[None], None
+    sequences = zip(*(tensor.split(ends.diff().tolist(), dim=2) for tensor in (query, key, value)), strict=True)
     of_each = []
-    for start, end in pairwise(ends.tolist()):
-        rows = [tensor[:, :, start:end] for tensor in (query, key, value)]
-        mask = _window_mask(end - start, sliding_window, query.device)
+    for rows in sequences:
+        mask = _window_mask(rows[0].shape[2], sliding_window, query.device)
         of_each.append(sdpa(module, *rows, mask, dropout=dropout, scaling=scaling, is_causal=True)[0])
     return torch.cat(of_each, dim=1), None
 

@@ -91,17 +91,11 @@ def remove_shortcuts(model: nn.Module) -> None:
         del owner.normbt_shortcuts
 
 
-def packing_for(
-    model: nn.Module, device: torch.device, autocast: torch.dtype | None = None
-) -> Literal["rows", "one row"]:
-    """The `packing` that suits the attention of this model on this device, under autocast to a dtype or without.
-
-    One row is right for "sdpa" anywhere (if `install_shortcuts` could replace it), but slow without flash attention.
-    """
+def packing_for(model: nn.Module, device: torch.device) -> Literal["rows", "one row"]:
+    """The `packing` that suits the attention of this model on this device."""
     attention = attention_of(model)
-    if attention == PACKED_SDPA:
-        return "one row" if has_flash_attention(device, autocast or model.dtype) else "rows"
-    return "one row" if attention in VARIABLE_LENGTH else "rows"
+    one_row = attention in VARIABLE_LENGTH or (attention == PACKED_SDPA and has_flash_attention(device))
+    return "one row" if one_row else "rows"
 
 
 def attention_of(model: nn.Module) -> str | None:
@@ -239,9 +233,7 @@ class Shortcuts:
         return None
 
     def _in_one_row(self, input_ids: Tensor) -> bool:
-        device = input_ids.device
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return packing_for(self._head.owner, device, autocast) == "one row"
+        return packing_for(self._head.owner, input_ids.device) == "one row"
 
     def _padded(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of a padded batch, from those of a padded or of a packed one."""

@@ -41,7 +41,6 @@ from normbt_kernels.integrations.trainer_steps import LossInSteps, check_argumen
 from normbt_kernels.modules import DistanceEMA, LinearNormBTLoss, NormBTLoss
 
 logger = logging.get_logger(__name__)
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the name of its mixed precision
 
 
 # --- the trainer ---------------------------------------------------------------------------------------------------
@@ -194,8 +193,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
         if any(self._shortcuts.values()):
             install_shortcuts(model, **self._shortcuts)
         if self._shortcuts["padding_free"] and isinstance(collator, PreferenceCollator):
-            autocast = AUTOCAST.get(self.accelerator.mixed_precision)
-            self.data_collator = replace(collator, packing=packing_for(model, self.args.device, autocast))
+            self.data_collator = replace(collator, packing=packing_for(model, self.args.device))
         self._totals = TrainTotals(self.args.device)
         self._finite_loss = torch.zeros((), device=self.args.device)
 
