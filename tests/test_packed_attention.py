@@ -88,8 +88,11 @@ def test_within_sequences_it_is_as_exact_as_with_a_mask(dtype, key_heads, window
 
 @pytest.mark.parametrize(
     ("options", "what"),
-    [({"softcap": 50.0}, "softcap"), ({"is_causal": False}, "attention to later tokens")],
-    ids=["softcap", "not causal"],
+    [
+        ({"position_bias": torch.zeros(())}, "a bias for each pair of tokens"),
+        ({"is_causal": False}, "attention to later tokens"),
+    ],
+    ids=["bias", "not causal"],
 )
 def test_what_it_does_not_do_is_refused(options, what):
     *rows, _ = random_tensors(HEADS, torch.float32)

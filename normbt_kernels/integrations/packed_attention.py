@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PACKED_SDPA = "normbt_packed_sdpa"  # its `attn_implementation`
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-UNSERVED = ("softcap", "s_aux", "position_bias")  # what a model may ask for beside a window
+BESIDE_A_WINDOW = ("softcap", "s_aux")  # what a model may ask for, of which "sdpa" makes what it will
 # PyTorch 2.11 takes fewer key heads than query heads without being told.
 FEWER_KEY_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -101,16 +101,16 @@ def _attend_within(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    unserved = [name for name in UNSERVED if others.get(name) is not None]
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        unserved.append("attention to later tokens")
-    if unserved:
-        raise UserError(f"{type(module).__name__} asks for {', '.join(unserved)}, which packed sequences do not get")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal or others.get("position_bias") is not None:
+        unserved = "a bias for each pair of tokens" if causal else "attention to later tokens"
+        raise UserError(f"{type(module).__name__} asks for {unserved}, which packed sequences do not get")
     device, width = query.device.type, query.shape[-1]
     if torch.is_autocast_enabled(device):  # as for "sdpa": rotary embeddings leave queries and keys in fp32
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
-    served = query.is_cuda and query.dtype.itemsize == 2 and width == value.shape[-1] <= 256 and width % 8 == 0
-    if served and dropout == 0:
+    plain = dropout == 0 and all(others.get(name) is None for name in BESIDE_A_WINDOW)
+    fits = query.dtype.itemsize == 2 and width == value.shape[-1] <= 256 and width % 8 == 0
+    if query.is_cuda and plain and fits:
         # Not [0], whose derivative fills a tensor with zeros.
         rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -120,7 +120,7 @@ def _attend_within(
     of_each = []
     for rows in sequences:
         mask = _window_mask(rows[0].shape[2], sliding_window, query.device)
-        of_each.append(sdpa(module, *rows, mask, dropout=dropout, scaling=scaling, is_causal=True)[0])
+        of_each.append(sdpa(module, *rows, mask, dropout=dropout, scaling=scaling, is_causal=True, **others)[0])
     return torch.cat(of_each, dim=1), None
 
 
