@@ -1,6 +1,8 @@
 """Attention within packed sequences: as exact as attention with a mask, or refused in one sentence."""
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 pytest.importorskip("transformers")
 
 from torch import nn
+from transformers import LlamaForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from normbt_kernels.data.packing import pack
+from normbt_kernels.integrations import shortcuts
 from normbt_kernels.integrations.packed_attention import PACKED_SDPA, attend, carry
 from normbt_kernels.integrations.shortcuts import attention_of, install_shortcuts, packing_for, remove_shortcuts
 from tests.every_classifier import make_classifier
@@ -122,21 +126,103 @@ def test_a_model_has_it_while_it_has_the_shortcut_and_saves_nothing_of_it(tmp_pa
     assert attention_of(model) == "sdpa"
 
 
+def test_what_was_chosen_meanwhile_stays():
+    model = make_model()
+    install_shortcuts(model, padding_free=True)
+    model.set_attn_implementation("eager")
+    remove_shortcuts(model)
+    assert attention_of(model) == "eager"
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path):
+    model, batch = make_model(), make_batch(3)
+    install_shortcuts(model, padding_free=True)
+    torch.save({"model": model, "batch": batch, "rewards": model(**batch).logits.detach()}, tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "saved = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.testing.assert_close(saved['model'](**saved['batch']).logits, saved['rewards'])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+
+
+class Chunked(LlamaForSequenceClassification):
+    """A class that inherits all that Llama says of itself."""
+
+
+def test_models_of_one_configuration_do_not_share_it():
+    """A class that keeps its masks, with the configuration of a model that needs none."""
+    model, batch = make_model(), make_batch(3)
+    other = Chunked(model.config).train()
+    expected = other(**batch).logits
+    install_shortcuts(model, padding_free=True)
+    install_shortcuts(other, padding_free=True)
+    for packed in (pack(**batch, pad_token_id=PAD), pack(**batch, pad_token_id=PAD, one_row=True)):
+        torch.testing.assert_close(other(**packed).logits, expected)
+
+
+def keeps_its_mask(model):
+    before = attention_of(model)
+    install_shortcuts(model, padding_free=True)
+    return attention_of(model) == before != PACKED_SDPA
+
+
 @pytest.mark.parametrize(
     ("architecture", "why"),
     [("gpt_neo", "eager"), ("doge", "its mask holds more"), ("phimoe", "its window is in the mask alone")],
 )
 def test_models_that_need_their_mask_keep_it(architecture, why):
-    model = make_classifier(architecture)
-    before = attention_of(model)
+    assert keeps_its_mask(make_classifier(architecture))
+
+
+def test_classes_that_others_wrote_keep_their_mask():
+    assert keeps_its_mask(Chunked(make_model().config))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [("llama", {"attention_dropout": 0.1}), ("llama", {"head_dim": 12}), ("gemma", {"head_dim": 320})],
+    ids=["dropout", "odd width", "wide"],
+)
+def test_models_that_flash_attention_does_not_serve_keep_their_mask(architecture, config):
+    assert keeps_its_mask(make_model(architecture, **config))
+
+
+def test_values_of_another_width_keep_their_mask():
+    assert keeps_its_mask(make_classifier("deepseek_v3"))
+
+
+@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "padded"])
+def test_the_first_forward_is_compared_in_one_row_if_that_is_what_runs(one_row, monkeypatch):
+    """An attention that looks beyond its sequence is refused."""
+    model, batch = make_model(), make_batch(3)
+    monkeypatch.setattr(shortcuts, "carry", lambda ends, max_length: carry(ends[[0, -1]], int(ends[-1])))
+    monkeypatch.setattr(shortcuts, "has_flash_attention", lambda device: not one_row)
     install_shortcuts(model, padding_free=True)
-    assert attention_of(model) == before
-    assert packing_for(model, torch.device("cuda")) == "rows"
+    with pytest.raises(ValueError, match=r"not made for padding_free: in the first batch the rows .* differ"):
+        model(**pack(**batch, pad_token_id=PAD, one_row=True) if one_row else batch)
+
+
+@pytest.mark.slow
+def test_the_comparison_leaves_compiled_attention_compiled():
+    """As flex attention is: it would compute every score."""
+    model, batch, compiled = make_model(), make_batch(3), []
+    function = torch.compile(torch.sin, backend=lambda graph, inputs: compiled.append(graph) or graph)
+
+    def in_the_comparison(module, args):
+        if not torch.is_grad_enabled():
+            function(torch.ones(2))
+
+    model.score.register_forward_pre_hook(in_the_comparison)
+    install_shortcuts(model, padding_free=True)
+    model(**batch)
+    assert len(compiled) == 1
 
 
 def test_one_row_is_for_flash_attention(monkeypatch):
     gpu, capability = torch.device("cuda"), (8, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     model = make_model()
     assert packing_for(model, gpu) == "rows"  # "sdpa" as it was
     install_shortcuts(model, padding_free=True)

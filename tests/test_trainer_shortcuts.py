@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
 from normbt_kernels import apply_normbt
+from normbt_kernels.integrations import shortcuts
 from normbt_kernels.integrations.shortcuts import install_shortcuts
 from normbt_kernels.integrations.transformers import NormBTTrainer, PreferenceCollator
 from normbt_kernels.integrations.trl import NormBTRewardTrainer
@@ -75,13 +76,15 @@ SCENARIOS = {
     "checkpointing": (make_model, {"gradient_checkpointing": True}),
     "LoRA, head saved": (lambda: lora(task_type="SEQ_CLS"), {}),
     "LoRA on the head": (lora, {"gradient_checkpointing": True}),
+    "in one row, as on a GPU": (lambda: lora(task_type="SEQ_CLS"), {"gradient_checkpointing": True}),
 }
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.slow
-def test_training_evaluation_and_prediction_are_the_same(scenario, tmp_path):
+def test_training_evaluation_and_prediction_are_the_same(scenario, tmp_path, monkeypatch):
     make, arguments = SCENARIOS[scenario]
+    monkeypatch.setattr(shortcuts, "has_flash_attention", lambda device: "one row" in scenario)
     rows, found = make_rows(10, ["margin"], seed=1), []
     for options in ({}, BOTH):
         trainer = make_trainer(tmp_path, make(), arguments, **options)
@@ -89,6 +92,7 @@ def test_training_evaluation_and_prediction_are_the_same(scenario, tmp_path):
         metrics = trainer.evaluate(rows)
         found.append((trainer, metrics, trainer.predict(rows).predictions))
     (plain, metrics, predictions), (short, short_metrics, short_predictions) = found
+    assert short.data_collator.packing == ("one row" if "one row" in scenario else "rows")
     assert_same_run(short, plain)
     for name in ("eval_loss", "eval_accuracy", "eval_margin"):
         assert short_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-5)

@@ -20,45 +20,70 @@ from torch.nn.attention.varlen import varlen_attn
 from normbt_kernels.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PACKED_SDPA = "normbt_packed_sdpa"  # its `attn_implementation`
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-BESIDE_A_WINDOW = ("softcap", "s_aux")  # what a model may ask for, of which "sdpa" makes what it will
+LAYER_TYPES = {"full_attention", "sliding_attention"}  # whose masks hold no more than flash attention is told
 # PyTorch 2.11 takes fewer key heads than query heads without being told.
 FEWER_KEY_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def use_packed_sdpa(model: nn.Module) -> bool:
-    """Gives a model that uses "sdpa" this attention, if all that its masks say can be said beside them; or False."""
+    """Gives a model that uses "sdpa" this attention; False if its masks say more than can be said beside them, or flash
+    attention does not serve it."""
     if not hasattr(model, "set_attn_implementation"):
         return False
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers import PreTrainedModel
 
-    if not all(_needs_no_mask(module) for module in model.modules() if isinstance(module, PreTrainedModel)):
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not all(_needs_no_mask(module) and _fits_flash_attention(module.config) for module in models):
         return False
-    AttentionInterface.register(PACKED_SDPA, partial(attend, sdpa_attention_forward))
-    AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+    register()
     model.set_attn_implementation(PACKED_SDPA)
     return True
 
 
+def register() -> None:
+    """Makes it known to transformers, in this process."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(PACKED_SDPA, partial(attend, sdpa_attention_forward))
+    AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+
+
 def _needs_no_mask(model: PreTrainedModel) -> bool:
-    config = model.config
-    if config._attn_implementation != "sdpa" or not model._supports_flash_attn:
-        return False
-    # The window of Phimoe is in its mask alone, so its flash attention has none.
-    has_window = getattr(config, "sliding_window", None) is not None
-    tells_window = "sliding_window=" in inspect.getsource(inspect.getmodule(type(model)))
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    return model._can_set_attn_implementation() and layer_types <= LAYER_TYPES and (tells_window or not has_window)
+    """Of classes that others wrote no one knows: they inherit that they are made for flash attention."""
+    config, module = model.config, inspect.getmodule(type(model))
+    return (
+        type(model).__module__.startswith("transformers.models.")
+        and config._attn_implementation in ("sdpa", PACKED_SDPA)
+        and model._supports_flash_attn
+        and model._can_set_attn_implementation()
+        and set(getattr(config, "layer_types", None) or ()) <= LAYER_TYPES
+        # The windows of Phimoe and Qwen2Moe are in their masks alone, so their flash attention has none.
+        and (not getattr(config, "sliding_window", None) or "sliding_window=" in inspect.getsource(module))
+    )
+
+
+def _fits_flash_attention(config: PreTrainedConfig) -> bool:
+    """Values as wide as keys, of a width that it has, and no dropout, which PyTorch's has not at variable length."""
+    dropout = [value for name, value in vars(config).items() if "att" in name and "drop" in name]
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    latent = getattr(config, "kv_lora_rank", None) is not None
+    return not any(dropout) and not latent and width <= 256 and width % 8 == 0
 
 
 def has_flash_attention(device: torch.device) -> bool:
     """Whether PyTorch has flash attention there, for activations in 16 bits. On AMD's GPUs it was never tried."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def carry(ends: Tensor, max_length: int) -> Tensor:
@@ -82,9 +107,8 @@ def attend(
     Raises:
         ValueError: the row is packed, and the model asks for what this attention does not do.
     """
-    if mask is None or mask.dtype != torch.int32:
-        return sdpa(module, query, key, value, mask, **options)
-    return _attend_within(sdpa, module, query, key, value, mask[0, 0, :, 0], mask.shape[-1], **options)
+    attention = sdpa if mask is None or mask.dtype != torch.int32 else partial(_attend_within, sdpa)
+    return attention(module, query, key, value, mask, **options)
 
 
 def _attend_within(
@@ -93,8 +117,7 @@ def _attend_within(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    ends: Tensor,
-    max_length: int,
+    carried: Tensor,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -104,11 +127,15 @@ def _attend_within(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal or others.get("position_bias") is not None:
         unserved = "a bias for each pair of tokens" if causal else "attention to later tokens"
-        raise UserError(f"{type(module).__name__} asks for {unserved}, which packed sequences do not get")
+        raise UserError(
+            f"{type(module).__name__} asks for {unserved}, which packed sequences do not get: set padding_free=False"
+        )
     device, width = query.device.type, query.shape[-1]
     if torch.is_autocast_enabled(device):  # as for "sdpa": rotary embeddings leave queries and keys in fp32
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
-    plain = dropout == 0 and all(others.get(name) is None for name in BESIDE_A_WINDOW)
+    ends, max_length = carried[0, 0, :, 0].contiguous(), carried.shape[-1]
+    # A softcap and sinks are for "sdpa" to serve, to refuse or to pass over, as it does where nothing is packed.
+    plain = dropout == 0 and others.get("softcap") is None and others.get("s_aux") is None
     fits = query.dtype.itemsize == 2 and width == value.shape[-1] <= 256 and width % 8 == 0
     if query.is_cuda and plain and fits:
         # Not [0], whose derivative fills a tensor with zeros.
@@ -119,8 +146,8 @@ def _attend_within(
     sequences = zip(*(tensor.split(ends.diff().tolist(), dim=2) for tensor in (query, key, value)), strict=True)
     of_each = []
     for rows in sequences:
-        mask = _window_mask(rows[0].shape[2], sliding_window, query.device)
-        of_each.append(sdpa(module, *rows, mask, dropout=dropout, scaling=scaling, is_causal=True, **others)[0])
+        window = _window_mask(rows[0].shape[2], sliding_window, query.device)
+        of_each.append(sdpa(module, *rows, window, dropout=dropout, scaling=scaling, is_causal=True, **others)[0])
     return torch.cat(of_each, dim=1), None
 
 

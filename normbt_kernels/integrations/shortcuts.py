@@ -10,7 +10,6 @@ shortcut, without gradients, and the results are compared: a model for which a s
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -31,7 +30,13 @@ from normbt_kernels.integrations.head import (
     text_config,
 )
 from normbt_kernels.integrations.late_pooling import Narrowing, OfEachForward, modules_to_narrow
-from normbt_kernels.integrations.packed_attention import PACKED_SDPA, carry, has_flash_attention, use_packed_sdpa
+from normbt_kernels.integrations.packed_attention import (
+    PACKED_SDPA,
+    carry,
+    has_flash_attention,
+    register,
+    use_packed_sdpa,
+)
 
 # These kinds of attention need no mask over all pairs of tokens of a row, so a batch is one long row.
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -131,8 +136,13 @@ class Shortcuts:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        if self._changed_attention:
+        if self._changed_attention and attention_of(self._head.owner) == PACKED_SDPA:
             self._head.owner.set_attn_implementation("sdpa")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._changed_attention:
+            register()
 
     # --- one forward ---
 
@@ -217,7 +227,7 @@ class Shortcuts:
     def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """What a packed batch has for a mask. Without one, transformers goes by `position_ids` and the lengths."""
         attention, (rows, length) = attention_of(self._head.owner), inputs["input_ids"].shape
-        if attention == PACKED_SDPA and "cu_seq_lens_q" in inputs:
+        if self._changed_attention and attention == PACKED_SDPA and "cu_seq_lens_q" in inputs:
             return carry(inputs["cu_seq_lens_q"], inputs["max_length_q"])
         if attention in FLASH_ATTENTION and rows > 1:
             raise UserError(
@@ -265,6 +275,7 @@ class Shortcuts:
             ValueError: with a shortcut the head reads something else, or the model cannot be called.
         """
         model, padded = type(self._head.owner).__name__, self._padded(inputs)
+        in_one_row = "cu_seq_lens_q" in inputs
         self._compared = True
         try:
             with _unnoticed(self._head):
@@ -273,7 +284,8 @@ class Shortcuts:
                 for name in (name for name, on in self._wanted.items() if on):
                     self._taken[name] = True
                     try:
-                        rows = self._rows_read(self._two_in_a_row(padded) if name == "padding_free" else padded)
+                        packed = self._two_in_a_row(padded, in_one_row) if name == "padding_free" else padded
+                        rows = self._rows_read(packed)
                     except UserError:
                         raise
                     except Exception as error:
@@ -291,10 +303,12 @@ class Shortcuts:
         finally:
             self._taken = dict(self._wanted)
 
-    def _two_in_a_row(self, padded: dict[str, Any]) -> dict[str, Any]:
-        """Packs with rows twice as long, so that sequences share a row even in a batch where they would not."""
+    def _two_in_a_row(self, padded: dict[str, Any], in_one_row: bool) -> dict[str, Any]:
+        """Packs as the batch came, or else with rows twice as long, so that sequences share a row even in a batch where
+        they would not."""
         ids, mask = padded["input_ids"], padded.get("attention_mask")
-        return padded | pack(ids, mask, self._pad_token_id(), self._in_one_row(ids), row_length=2 * ids.shape[1])
+        in_one_row = in_one_row or self._in_one_row(ids)
+        return padded | pack(ids, mask, self._pad_token_id(), in_one_row, row_length=2 * ids.shape[1])
 
     def _rows_read(self, inputs: Mapping[str, Any]) -> Tensor:
         """What the head reads of the scored tokens, (N, H), in fp32 or wider."""
@@ -319,10 +333,14 @@ class Shortcuts:
         self._rounding = torch.finfo(dtype).eps ** 0.5
 
 
-def _eager() -> AbstractContextManager:
-    """Has compiled models run as they are written. Compiled code would be made for forwards that are made once, and
-    PyTorch 2.11 fails to guard a head that has a hook more in them."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+def _eager(model: nn.Module) -> AbstractContextManager:
+    """Has a compiled model run as it is written: it would be compiled for forwards that are made once, and PyTorch 2.11
+    fails to guard the hook that its head has more in them. Flex attention would compute every score without its kernel,
+    which is compiled too."""
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    if compiled and attention_of(model) != "flex_attention":
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 @contextmanager
@@ -334,7 +352,8 @@ def _unnoticed(head: Head) -> Iterator[None]:
     readers = [(reader, reader._expected) for reader in hooks if isinstance(reader, HeadReader)]
     device = next(head.owner.parameters()).device
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), _eager():
+        random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with torch.no_grad(), random_state, _eager(head.owner):
             for module, _ in modes:
                 module.training = False
             for reader, _ in readers:

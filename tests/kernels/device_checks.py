@@ -332,6 +332,7 @@ def packed_training_is_as_exact_as_padded() -> str | None:
     except ImportError:
         return "transformers is not installed"
     from normbt_kernels.data.packing import pack
+    from normbt_kernels.integrations import packed_attention
     from normbt_kernels.integrations.shortcuts import install_shortcuts
 
     config = LlamaConfig(
@@ -363,6 +364,10 @@ def packed_training_is_as_exact_as_padded() -> str | None:
 
     expected = train(padded, torch.float64)
     settings = [{"dtype": torch.bfloat16}, {"dtype": torch.float32, "autocast": True}]
+    for setting in settings:
+        with patch.object(packed_attention, "varlen_attn", wraps=packed_attention.varlen_attn) as flash_attention:
+            train(packed, **setting)
+        assert flash_attention.called == ON_GPU, setting
     if ON_GPU:  # Inductor takes minutes to compile C++
         settings.append({"dtype": torch.bfloat16, "compiled": True})
     for setting in settings:
