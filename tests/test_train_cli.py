@@ -287,6 +287,7 @@ def test_text_ends_with_one_eos_and_conversations_as_the_template_says(causal_lm
             ["--dataset", "good.jsonl", "--eval-dataset", "good.jsonl", "--eval-split", "a"],
             "--eval-split is for the hub, and good.jsonl is a file",
         ),
+        (["--dataset", "good.jsonl", "--dataset-config", "en"], "--dataset-config is for the hub, and good.jsonl is a"),
         (["--dataset", "good.jsonl", "--loss", "bt", "bt"], "--loss names a loss twice: bt bt"),
         (["--dataset", "good.jsonl", "--eps", "-1"], "--eps must be finite and >= 0, got -1.0"),
         (["--dataset", "good.jsonl", "--max-weight", "0"], "--max-weight must be greater than 0, got 0.0"),

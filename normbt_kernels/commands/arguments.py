@@ -197,11 +197,16 @@ def check_train_options(options: TrainOptions) -> None:
 
 
 def check_splits(options: Any) -> None:
-    """Raises UserError if the options of a command name a split of a file, which has none."""
+    """Raises UserError if the options of a command name a split or a configuration of a file, which has none."""
+    on_hub = []
     for source, split in (("dataset", "dataset_split"), ("eval_dataset", "eval_split")):
         path = getattr(options, source, None)
-        if path is not None and Path(path).is_file() and getattr(options, split) != getattr(type(options), split):
+        is_file = path is not None and Path(path).is_file()
+        if is_file and getattr(options, split) != getattr(type(options), split):
             raise UserError(f"{flag(split)} is for the hub, and {path} is a file, of which all rows are read")
+        on_hub.append(path is not None and not is_file)
+    if options.dataset_config is not None and options.dataset is not None and not any(on_hub):
+        raise UserError(f"--dataset-config is for the hub, and {options.dataset} is a file, which has only one")
 
 
 # --- evaluate and diagnose -----------------------------------------------------------------------------------------
