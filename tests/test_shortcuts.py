@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from normbt_kernels.data.packing import pack
 from normbt_kernels.integrations import shortcuts
 from normbt_kernels.integrations.apply import apply_normbt
+from normbt_kernels.integrations.head import HeadReader, find_head
 from normbt_kernels.integrations.pooled_head import pool_head
 from normbt_kernels.integrations.shortcuts import install_shortcuts, remove_shortcuts
 from tests.every_classifier import make_pairs
@@ -225,6 +226,42 @@ def test_compiled_the_model_stays_one_graph():
     model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
     assert_equal(trained_step(model, pack(**batch, pad_token_id=PAD)), expected)
     assert len(graphs) == 1
+
+
+def read_head(model, pool):
+    reader = HeadReader(find_head(model), pool=pool)
+
+    def rows_of(batch):
+        reader.expect(batch["input_ids"])
+        return reader.take(model(**batch).logits)
+
+    return rows_of
+
+
+def shorten(model, **options):
+    install_shortcuts(model, **options)
+    return lambda batch: model(**pack(**batch, pad_token_id=PAD)).logits
+
+
+READERS = {
+    "read": lambda model: read_head(model, pool=False),
+    "read, pooled": lambda model: read_head(model, pool=True),
+    "padding-free": lambda model: shorten(model, padding_free=True),
+    "both": lambda model: shorten(model, **BOTH),
+    "late pooling": lambda model: install_shortcuts(model, late_pooling=True) or (lambda batch: model(**batch).logits),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.slow
+def test_batches_of_other_lengths_are_not_compiled_one_by_one(reader):
+    """The first is compiled for its own length, the next ones for any length and any number of packed rows."""
+    model, graphs = make_model(num_hidden_layers=1), []
+    run = READERS[reader](model)
+    model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for length in (8, 7, 6, 5, 4):
+        run({name: value[:, :length] for name, value in make_batch(3).items()}).sum().backward()
+    assert len(graphs) <= 3
 
 
 class Wrapper(torch.nn.Module):

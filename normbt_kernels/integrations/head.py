@@ -178,7 +178,10 @@ class HeadReader:
     def __init__(self, head: Head, pool: bool = False):
         self._name, self._pool = head.name, pool
         self._inputs = ModelInputs(head.owner)
+        # torch.compile takes sizes that hang on a module for constants: compiled hooks read none but those they wrote.
+        self._reading = False
         self._expected: tuple[int, int] | None = None
+        self._seen: torch.Size | None = None  # (N, S, H) of what the head sees, if it sees every token
         self._to_compare = NUM_CHECKED
         self._tokens: tuple[Tensor, Tensor] | None = None
         self._rows: Tensor | None = None
@@ -190,7 +193,7 @@ class HeadReader:
 
     def expect(self, input_ids: Tensor) -> None:
         """The next forward pass has these tokens `(N, S)` and is the one to read."""
-        self._expected = tuple(input_ids.shape)
+        self._reading, self._expected = True, tuple(input_ids.shape)
 
     def take(self, rewards: Tensor) -> Tensor:
         """The rows `(N, H)` of that forward pass, which gave `rewards`, `(N,)` or `(N, 1)`. Nothing is kept afterwards,
@@ -200,6 +203,8 @@ class HeadReader:
             ValueError: the model did not call the head; the number of rewards is not that of the rows; or the rewards
                 are not those of the rows.
         """
+        if self._seen is not None:
+            self._check_seen()
         rows, scored = self._rows, self._scored
         self.forget()
         if rows is None:
@@ -216,7 +221,16 @@ class HeadReader:
 
     def forget(self) -> None:
         """Ends the reading, also of a forward pass that did not reach its end."""
-        self._expected = self._tokens = self._rows = self._scored = None
+        self._reading = False
+        self._expected = self._seen = self._tokens = self._rows = self._scored = None
+
+    def _check_seen(self) -> None:
+        if self._seen[:2] != self._expected:
+            raise UserError(
+                f"the head {self._name!r} sees {tuple(self._seen)} for tokens {self._expected}, not one "
+                "row for each: virtual tokens (prompt tuning) make a reward depend on the padding, and latents "
+                "(Perceiver) are no tokens; use LoRA, or another model"
+            )
 
     def _compare(self, rewards: Tensor, scored: Tensor) -> None:
         if not torch.allclose(rewards, scored, equal_nan=True):
@@ -233,28 +247,24 @@ class HeadReader:
 
     def _before_head(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]):
         inputs = self._inputs.take()
-        if self._expected is None:
+        if not self._reading:
             return None
         self._rows = hidden = args[0] if args else kwargs["input"]
         if hidden.dim() == 2:
             return None
-        if hidden.shape[:2] != self._expected:
-            raise UserError(
-                f"the head {self._name!r} sees {tuple(hidden.shape)} for tokens {self._expected}, not one "
-                "row for each: virtual tokens (prompt tuning) make a reward depend on the padding, and latents "
-                "(Perceiver) are no tokens; use LoRA, or another model"
-            )
+        self._seen = hidden.shape
+        if not torch.compiler.is_compiling():
+            self._check_seen()
         self._tokens = each_at(self._inputs.unpadded_token(inputs, hidden))
         self._rows = hidden[self._tokens]
-        self._length = hidden.shape[1]
         return ((self._rows,), {}) if self._pool else None
 
     def _after_head(self, module: nn.Module, args: tuple[Tensor, ...], rewards: Tensor) -> Tensor | None:
-        if self._expected is None:
+        if not self._reading:
             return None
         if self._pool and self._tokens is not None:
             self._scored = rewards.detach().reshape(-1)
-            logits = rewards.new_full((len(rewards), self._length, 1), float("nan"))
+            logits = rewards.new_full((*self._seen[:2], 1), float("nan"))
             logits[self._tokens] = rewards
             return logits
         self._scored = (rewards if self._tokens is None else rewards[self._tokens]).detach().reshape(-1)

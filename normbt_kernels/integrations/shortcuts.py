@@ -117,7 +117,10 @@ class Shortcuts:
         self._taken = dict(self._wanted)  # differs from it only while the first forward is compared
         self._compared = False
         self._scored = OfEachForward()  # (N,) the scored tokens of the flattened batch
-        self._packed_shape: torch.Size | None = None  # (R, L) of a packed batch, during its forward
+        # torch.compile takes sizes that hang on a module for constants: compiled hooks read none but those they wrote.
+        self._packing = False  # during the forward of a packed batch
+        self._packed_shape: torch.Size | None = None  # (R, L) of that batch
+        self._seen: torch.Size | None = None  # (R, L) of what the head sees of it
         self._rewards: Tensor | None = None  # (N, 1) of a packed batch, from the head to the end of the forward
         narrow = modules_to_narrow(owner) if late_pooling else []
         self._changed_attention = padding_free and use_packed_sdpa(owner)
@@ -155,7 +158,7 @@ class Shortcuts:
         if self._taken["padding_free"]:
             inputs = self._packed(inputs)
             self._scored.begin(inputs.pop("last_token"))
-            self._packed_shape = inputs["input_ids"].shape
+            self._packing, self._packed_shape = True, inputs["input_ids"].shape
         else:
             if "last_token" in inputs:
                 raise UserError("this batch is packed: it needs install_shortcuts(model, padding_free=True)")
@@ -173,10 +176,11 @@ class Shortcuts:
 
     def _before_head(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         """(R, L, H) -> (N, H), the scored rows: every reader of a head knows this layout."""
-        if self._packed_shape is None:
+        if not self._packing:
             return None
         (hidden,) = args
-        if hidden.shape[:-1] != self._packed_shape:
+        self._seen = hidden.shape[:-1]
+        if not torch.compiler.is_compiling() and self._seen != self._packed_shape:
             raise UserError(
                 f"the head of {type(self._head.owner).__name__} sees {tuple(hidden.shape)} of packed sequences "
                 f"{tuple(self._packed_shape)}: it pools before its head; set padding_free=False"
@@ -185,14 +189,14 @@ class Shortcuts:
 
     def _after_head(self, head: nn.Module, args: tuple[Tensor, ...], rewards: Tensor) -> Tensor | None:
         """Keeps the rewards, and returns zeros of the shape that the model expects: nobody reads them."""
-        if self._packed_shape is None:
+        if not self._packing:
             return None
         self._rewards = rewards
-        return rewards.new_zeros(*self._packed_shape, 1)
+        return rewards.new_zeros(*self._seen, 1)
 
     @torch._disable_dynamo
     def _after_model(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        rewards, self._rewards, self._packed_shape = self._rewards, None, None
+        rewards, self._rewards, self._packing = self._rewards, None, False
         self._scored.end()
         if rewards is None or output is None:
             return None
@@ -349,7 +353,7 @@ def _unnoticed(head: Head) -> Iterator[None]:
     readers are what they were."""
     modes = [(module, module.training) for module in head.owner.modules()]
     hooks = [getattr(hook, "__self__", None) for hook in head.module._forward_pre_hooks.values()]
-    readers = [(reader, reader._expected) for reader in hooks if isinstance(reader, HeadReader)]
+    readers = [(reader, reader._reading) for reader in hooks if isinstance(reader, HeadReader)]
     device = next(head.owner.parameters()).device
     try:
         random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
@@ -357,10 +361,10 @@ def _unnoticed(head: Head) -> Iterator[None]:
             for module, _ in modes:
                 module.training = False
             for reader, _ in readers:
-                reader._expected = None
+                reader._reading = False
             yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for reader, expected in readers:
-            reader._expected = expected
+        for reader, reading in readers:
+            reader._reading = reading
