@@ -201,8 +201,12 @@ class DistanceEMA(nn.Module):
     def _settle(self) -> None:
         """Puts right, in place, what has been done to the buffers, and moves them by the sum that was on its way."""
         mu = self._buffers["mu"]
-        if mu.dtype != torch.float32:  # FSDP1's MixedPrecision(buffer_dtype=...) casts without `_apply`
-            mu.data = self._exact_mu.to(mu.device)
+        if mu.dtype != torch.float32:
+            exact = self._exact_mu.to(mu.device)
+            if torch.equal(exact.to(mu.dtype), mu):  # FSDP1's MixedPrecision(buffer_dtype=...) casts without `_apply`
+                mu.data = exact
+            else:  # another mu was assigned
+                mu = self._buffers["mu"] = mu.float()
         # Only where it lies elsewhere: `detach` takes a few us of every step. What is fake has no address.
         if not is_dynamo_compiling() and type(mu) is Tensor and mu.data_ptr() != self._exact_address:
             self._keep_exact(mu)
@@ -341,12 +345,13 @@ class DistanceEMA(nn.Module):
         pending = state_dict.pop(prefix + "pending", None)
         found = {name for name in self._buffers if prefix + name in state_dict}
         if found == {"num_updates"}:
-            state_dict.pop(prefix + "num_updates")  # of no mu; strict loading misses it
+            state_dict.pop(prefix + found.pop())  # of no mu; strict loading misses it
+        for name in found:  # assign=True takes the dtype of the checkpoint
+            state_dict[prefix + name] = state_dict[prefix + name].to(self._buffers[name].dtype)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if "mu" not in found:
             return
-        mu, num_updates = self._buffers["mu"].float(), self._buffers["num_updates"]
-        self._buffers["mu"] = mu  # assign=True takes the dtype of the checkpoint
+        mu, num_updates = self._buffers["mu"], self._buffers["num_updates"]
         if found == {"mu"}:
             num_updates.fill_(1)  # a mu counts; strict loading misses the number
         self._forget()

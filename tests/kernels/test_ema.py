@@ -159,11 +159,24 @@ def test_module_made_on_the_meta_device_can_be_materialised():
     assert run(model["loss"].eval(), rows_at_distance([1.0])).weight == pytest.approx(2.0, rel=1e-5)
 
 
-def test_mu_of_a_16_bit_checkpoint_is_loaded_as_fp32():
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_mu_of_a_checkpoint_of_another_dtype_is_loaded_as_fp32(dtype, assign):
     loss_fn = NormBTLoss()
-    state = {"mu": torch.tensor(2.0, dtype=torch.bfloat16), "num_updates": torch.tensor(1)}
-    loss_fn.load_state_dict(state, assign=True)
-    assert loss_fn.mu.dtype == torch.float32
+    state = {"mu": torch.tensor(2.0, dtype=dtype), "num_updates": torch.tensor(1, dtype=dtype)}
+    loss_fn.load_state_dict(state, assign=assign)
+    assert (loss_fn.mu, loss_fn.mu.dtype) == (2, torch.float32)
+    assert (loss_fn.num_updates, loss_fn.num_updates.dtype) == (1, torch.int64)
+    assert (state["mu"], state["mu"].dtype) == (2, dtype)
+    assert run(loss_fn.eval(), rows_at_distance([1.0])).weight == pytest.approx(2.0, rel=1e-5)
+
+
+def test_mu_that_is_assigned_counts_in_any_dtype():
+    loss_fn = NormBTLoss()
+    run(loss_fn, rows_at_distance([3.0]))
+    loss_fn.mu = torch.tensor(2.0, dtype=torch.bfloat16)
+    assert (loss_fn.mu, loss_fn.mu.dtype) == (2, torch.float32)
+    assert run(loss_fn.eval(), rows_at_distance([1.0])).weight == pytest.approx(2.0, rel=1e-5)
 
 
 def test_copy_and_pickle_keep_the_state():
