@@ -266,7 +266,7 @@ def headline() -> str:
         f"`torch.compile`, {bt} as eager BT. Given rewards, it takes {given_rewards[0]:.2f} to {given_rewards[-1]:.2f} "
         f"of the GPU time of `torch.compile`. A step of a Llama ({settings['layers']} layers, "
         f"{steps['trl']['padding']:.0%} padding) takes {padded} of TRL's with BT, and {packed} without padding, "
-        f"where TRL's own grouping by length takes {grouped} ([the whole step](docs/whole-step.md))."
+        f"where TRL's with batches of similar lengths takes {grouped} ([the whole step](docs/whole-step.md))."
     )
     return textwrap.fill(text, 125, break_long_words=False, break_on_hyphens=False) + "\n"
 

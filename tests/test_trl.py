@@ -269,6 +269,31 @@ def test_pairs_with_the_same_tokens_on_both_sides_are_left_out(tokenizer, tmp_pa
         make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, Dataset.from_list(rows[2:3]))
 
 
+def test_a_stream_says_so_once(tokenizer, tmp_path, messages):
+    rows = make_dataset(8, margin=False).to_list()
+    for row in rows[2:4]:
+        row["rejected_ids"] = row["chosen_ids"]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, stream, max_steps=1)
+    trainer.train()
+    assert messages.text.count("the train dataset, row 3: the same tokens on both sides, left out") == 1
+
+
+def test_a_data_set_that_holds_no_pair_is_refused(tokenizer, tmp_path):
+    rows = make_dataset(4, margin=False)
+    with pytest.raises(ValueError, match="the train dataset is empty"):
+        make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, rows.select([]))
+    with pytest.raises(ValueError, match="the train dataset has no pair of at most max_length=1 tokens"):
+        make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, rows, max_length=1)
+
+
+def test_lora_on_a_head_is_warned_about(tokenizer, tmp_path, messages):
+    adapters = LoraConfig(target_modules="all-linear")
+    make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, make_dataset(4), peft_config=adapters)
+    assert "LoRA adapts the scalar head 'score', and the adapter does not hold the weight beneath" in messages.text
+    assert "modules_to_save=['score']" in messages.text
+
+
 def test_data_without_the_columns_are_refused_with_those_they_have(tokenizer, tmp_path):
     rows = [{"question": "a", "chosen": "b"}]
     for dataset in (Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):

@@ -99,7 +99,7 @@ def apply_normbt(
     if layout not in (*LAYOUTS, "apart"):
         raise ValueError(f"layout must be one of {(*LAYOUTS, 'apart')}, got {layout!r}")
     weights = PairWeights(layout, beta, eps, max_weight, power)
-    if warning := found.warning_if_frozen():
+    if warning := found.warning():
         warnings.warn(warning, stacklevel=2)
     weights.attach(head, found)
 

@@ -21,8 +21,8 @@ KEEP_THE_FORWARD = (
     "False} to keep Liger's other kernels"
 )
 CANNOT_FOLLOW = (
-    "a patched forward (Liger, Unsloth) that scores by itself cannot be followed, nor can a head whose adapter is not "
-    "active"
+    "a patched forward (Liger, Unsloth) that scores by itself cannot be followed, nor can a head that was replaced "
+    "since, or whose adapter is not active"
 )
 
 
@@ -55,14 +55,18 @@ class Head:
             raise UserError(f"head must be an nn.Linear with one output, got {self.module}")
         return self.module
 
-    def warning_if_frozen(self) -> str | None:
-        """The warning about a frozen head; None if the head is trained."""
-        if any(parameter.requires_grad for parameter in self.module.parameters()):
-            return None
-        return (
-            "the scalar head is frozen and will not be trained; with peft, pass task_type='SEQ_CLS' or "
-            f"modules_to_save=[{self.name!r}] in LoraConfig"
-        )
+    def warning(self) -> str | None:
+        """What will be lost of the head's training, and what to do; None if nothing is."""
+        remedy = f"pass task_type='SEQ_CLS' or modules_to_save=[{self.name!r}] in LoraConfig"
+        if not any(parameter.requires_grad for parameter in self.module.parameters()):
+            return f"the scalar head is frozen and will not be trained; with peft, {remedy}"
+        beneath = getattr(self.module, "base_layer", None)
+        if beneath is not None and not any(parameter.requires_grad for parameter in beneath.parameters()):
+            return (
+                f"LoRA adapts the scalar head {self.name!r}, and the adapter does not hold the weight beneath: where "
+                f"that is new, as on a language model, the reloaded adapter gives other rewards; {remedy}"
+            )
+        return None
 
 
 def find_head(model: nn.Module, module: nn.Module | None = None) -> Head:

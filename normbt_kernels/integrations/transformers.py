@@ -170,7 +170,7 @@ class NormBTTrainer(LossInSteps, LossInCheckpoints, PairsInTrainer, Trainer):
             ValueError: as the constructor, about the model.
         """
         head, collator = find_head(model), self.data_collator
-        if warning := head.warning_if_frozen():
+        if warning := head.warning():
             logger.warning(warning)
         if isinstance(collator, PreferenceCollator):
             # Trainer gives the model the tokenizer's pad token only in `train`, and decoders need it to evaluate.

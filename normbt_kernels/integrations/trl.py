@@ -60,13 +60,15 @@ class CollatorWithWeights(DataCollatorForPreference):
 class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
     """Makes any `RewardTrainer` train with NormBT: `class Mine(NormBTRewardMixin, MyRewardTrainer)`.
 
-    It replaces `compute_loss`; everything else is the trainer's own. `margin` and `center_rewards_coefficient` act as
-    in TRL: the margin inside the sigmoid, the centering unweighted. A column `pair_weight` multiplies the loss of each
-    pair, unless you pass a collator of your own that leaves it out. It logs TRL's metrics, each the mean over the
-    batches since the last log, and also `mu`, `mean_distance`, `bt_loss` (unweighted, comparable with TRL's `loss`) and
-    the range and mean of the weights. They stay on the device until the log, which makes one copy to the host; every
-    rank must log. Every checkpoint holds the state of the loss: a resumed run continues with it, and the best
-    model is evaluated with it. Choose `eval_bt_loss` for `metric_for_best_model`.
+    It replaces `compute_loss`, and leaves out pairs whose two sides are the same tokens, from training and evaluation;
+    everything else is the trainer's own. `margin` and `center_rewards_coefficient` act as in TRL: the margin inside the
+    sigmoid, the centering unweighted. A column `pair_weight` multiplies the loss of each pair, unless you pass a
+    collator of your own that leaves it out. It logs TRL's metrics, each the mean over the batches since the last log,
+    and also `mu`, `mean_distance`, `bt_loss` (unweighted, comparable with TRL's `loss`) and the range and mean of the
+    weights. They stay on the device until the log, which makes one copy to the host; every rank must log. Every
+    checkpoint holds the state of the loss: a resumed run continues with it, and the best model is evaluated with it.
+    Choose `eval_bt_loss` for `metric_for_best_model`; with several evaluation sets TRL's metrics do not name theirs,
+    and only `eval_<set>_loss` does.
 
     `mu` moves once for each optimizer step, by the mean over the pairs of all its micro-batches and ranks. The `mu`
     from before the step weighs them all, so accumulation does not change what is trained.
@@ -106,7 +108,7 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = CollatorWithWeights(**vars(self.data_collator))
         head = find_head(self.model)
-        if warning := head.warning_if_frozen():
+        if warning := head.warning():
             logger.warning(warning)
         self.head_reader = HeadReader(head)
         compile_anew()
@@ -129,6 +131,8 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
         Raises:
             ValueError: the columns are not there, a margin or weight is no number, or no pair is left.
         """
+        if hasattr(dataset, "__len__") and not len(dataset):
+            raise UserError(f"the {dataset_name} dataset is empty")
         columns = set(dataset.column_names or next(iter(dataset), {}))
         if not any({f"chosen{kind}", f"rejected{kind}"} <= columns for kind in ("", "_ids", "_input_ids")):
             raise ValueError(
@@ -136,21 +140,30 @@ class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
                 f"ids, 'chosen_ids' and 'rejected_ids'); it has {', '.join(sorted(columns)) or 'none'}"
             )
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        is_stream, said = not hasattr(dataset, "__len__"), []
+        if not is_stream and not len(dataset):
+            raise UserError(f"the {dataset_name} dataset has no pair of at most max_length={args.max_length} tokens")
 
         def is_kept(pair: Mapping[str, Any], index: int) -> bool:
-            check_numbers(pair, f"the {dataset_name} dataset, row {index + 1}")
-            return not is_identical(pair)
+            where = f"the {dataset_name} dataset, row {index + 1}"
+            check_numbers(pair, where)
+            if not is_identical(pair):
+                return True
+            if is_stream and not said:
+                said.append(f"{where}: the same tokens on both sides, left out like any such pair")
+                logger.warning(said[0])
+            return False
 
         kept = dataset.filter(is_kept, with_indices=True)
-        if not hasattr(dataset, "__len__"):  # a stream
+        if is_stream:
             return kept
         left_out = len(dataset) - len(kept)
         if not left_out:
             return dataset
-        said = f"{dataset_name} dataset: {left_out} of {len(dataset)} pairs are the same tokens on both sides"
+        reason = f"{dataset_name} dataset: {left_out} of {len(dataset)} pairs are the same tokens on both sides"
         if not len(kept):
-            raise UserError(said)
-        logger.warning(f"{said}, and left out")
+            raise UserError(reason)
+        logger.warning(f"{reason}, and left out")
         return kept
 
     def _set_signature_columns_if_needed(self) -> None:
