@@ -180,6 +180,16 @@ def test_apply_normbt_on_the_untouched_trainer_trains_the_same_model(tokenizer, 
     assert (plain - eager).norm() > 3e-2 * update
 
 
+def test_grouping_by_length_goes_by_the_longer_side(tokenizer, tmp_path):
+    lengths = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = Dataset.from_list([{"chosen_ids": [6], "rejected_ids": [8] * (n + 1)} for n in lengths])
+    options = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2}
+    trainer = make_trainer(NormBTRewardTrainer, make_model(), tokenizer, tmp_path, rows, rows, **options)
+    batches = [batch["attention_mask"][2:].sum(1) for batch in trainer.get_train_dataloader()]
+    assert sum(abs(int(first - second)) for first, second in batches) < 32 * 10  # some 21 a batch at random
+    assert trainer.evaluate()["eval_accuracy"] <= 1
+
+
 # --- misuse explains itself ----------------------------------------------------------------------------------------
 
 

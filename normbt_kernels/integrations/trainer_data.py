@@ -36,7 +36,26 @@ logger = logging.get_logger(__name__)
 BY_LENGTH = ("group_by_length", "batch_rebalance")  # strategies of sampling that ask for each row's length
 
 
-class PairsInTrainer:
+class SampledByLength:
+    """A base class to name before `Trainer`: its strategies of sampling, for data sets of tokenised pairs."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """As in `Trainer`; the length of a pair is that of its longer sequence."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy in BY_LENGTH and has_length(rows):
+            import datasets
+
+            rows = datasets.Dataset.from_dict({self.args.length_column_name: [num_tokens(row) for row in rows]})
+        return super()._get_train_sampler(rows)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        """In the order of the rows, whatever the strategy of sampling: there is a prediction for each row."""
+        if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
+            return None
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
+
+class PairsInTrainer(SampledByLength):
     """A base class to name before `Trainer`: it accepts text, messages or token ids if `self.data_collator` is a
     `PreferenceCollator`. `self.left_out` says which pairs are not used, `self.truncate` whether long sequences are cut
     instead, `self.vocabulary` how many tokens the model knows."""
@@ -111,21 +130,6 @@ class PairsInTrainer:
             yield
         finally:
             self.args.dataloader_drop_last = dropped
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        """As in `Trainer`; the length of a pair is that of its longer sequence."""
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy in BY_LENGTH and has_length(rows):
-            import datasets
-
-            rows = datasets.Dataset.from_dict({self.args.length_column_name: [num_tokens(row) for row in rows]})
-        return super()._get_train_sampler(rows)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
-        """In the order of the rows, whatever the strategy of sampling: there is a prediction for each row."""
-        if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
-            return None
-        return torch.utils.data.SequentialSampler(eval_dataset)
 
 
 @dataclass

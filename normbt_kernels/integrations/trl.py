@@ -26,6 +26,7 @@ from normbt_kernels.functional import NormBTStats
 from normbt_kernels.integrations.checkpoint import LossInCheckpoints
 from normbt_kernels.integrations.head import HeadReader, compile_anew, find_head
 from normbt_kernels.integrations.shortcuts import install_shortcuts
+from normbt_kernels.integrations.trainer_data import SampledByLength
 from normbt_kernels.integrations.trainer_steps import LossInSteps, check_arguments
 from normbt_kernels.modules import NormBTLoss
 
@@ -57,7 +58,7 @@ class CollatorWithWeights(DataCollatorForPreference):
         return batch
 
 
-class NormBTRewardMixin(LossInSteps, LossInCheckpoints):
+class NormBTRewardMixin(LossInSteps, LossInCheckpoints, SampledByLength):
     """Makes any `RewardTrainer` train with NormBT: `class Mine(NormBTRewardMixin, MyRewardTrainer)`.
 
     It replaces `compute_loss`, and leaves out pairs whose two sides are the same tokens, from training and evaluation;
