@@ -203,8 +203,9 @@ class DistanceEMA(nn.Module):
         mu = self._buffers["mu"]
         if mu.dtype != torch.float32:
             exact = self._exact_mu.to(mu.device)
-            if torch.equal(exact.to(mu.dtype), mu):  # FSDP1's MixedPrecision(buffer_dtype=...) casts without `_apply`
-                mu.data = exact
+            is_fake = mu.is_meta or type(mu) is not Tensor  # without values to compare
+            if is_fake or torch.equal(exact.to(mu.dtype), mu):
+                mu.data = exact  # FSDP1's MixedPrecision(buffer_dtype=...) casts without `_apply`
             else:  # another mu was assigned
                 mu = self._buffers["mu"] = mu.float()
         # Only where it lies elsewhere: `detach` takes a few us of every step. What is fake has no address.
@@ -229,9 +230,10 @@ class DistanceEMA(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if name in ("mu", "num_updates"):
-            self._settle()
-        return value
+        if name not in ("mu", "num_updates"):
+            return value
+        self._settle()
+        return self._buffers[name]  # which may be another by now
 
     def _group(self) -> dist.ProcessGroup | None:
         """The ranks that share the mean; None if there are no others."""
@@ -347,7 +349,8 @@ class DistanceEMA(nn.Module):
         if found == {"num_updates"}:
             state_dict.pop(prefix + found.pop())  # of no mu; strict loading misses it
         for name in found:  # assign=True takes the dtype of the checkpoint
-            state_dict[prefix + name] = state_dict[prefix + name].to(self._buffers[name].dtype)
+            if isinstance(state_dict[prefix + name], Tensor):
+                state_dict[prefix + name] = state_dict[prefix + name].to(self._buffers[name].dtype)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if "mu" not in found:
             return

@@ -243,11 +243,28 @@ def shorten(model, **options):
     return lambda batch: model(**pack(**batch, pad_token_id=PAD)).logits
 
 
+def shorten_and_read(model, first):
+    if first == "shorten":
+        install_shortcuts(model, **BOTH)
+    reader = HeadReader(find_head(model))
+    if first == "read":
+        install_shortcuts(model, **BOTH)
+
+    def rows_of(batch):
+        packed = pack(**batch, pad_token_id=PAD)
+        reader.expect(packed["input_ids"])
+        return reader.take(model(**packed).logits)
+
+    return rows_of
+
+
 READERS = {
     "read": lambda model: read_head(model, pool=False),
     "read, pooled": lambda model: read_head(model, pool=True),
     "padding-free": lambda model: shorten(model, padding_free=True),
     "both": lambda model: shorten(model, **BOTH),
+    "both, then read": lambda model: shorten_and_read(model, first="shorten"),
+    "read, then both": lambda model: shorten_and_read(model, first="read"),
     "late pooling": lambda model: install_shortcuts(model, late_pooling=True) or (lambda batch: model(**batch).logits),
 }
 

@@ -20,7 +20,7 @@ from trl.models import get_act_offloading_ctx_manager
 
 from normbt_kernels import apply_normbt
 from normbt_kernels.integrations.pooled_head import pool_head
-from normbt_kernels.integrations.trl import NormBTRewardTrainer
+from normbt_kernels.integrations.trl import NormBTRewardMixin, NormBTRewardTrainer
 from tests.step_ema import start
 from tests.tiny_trl import (
     CONFIGS,
@@ -188,6 +188,29 @@ def test_grouping_by_length_goes_by_the_longer_side(tokenizer, tmp_path):
     batches = [batch["attention_mask"][2:].sum(1) for batch in trainer.get_train_dataloader()]
     assert sum(abs(int(first - second)) for first, second in batches) < 32 * 10  # some 21 a batch at random
     assert trainer.evaluate()["eval_accuracy"] <= 1
+
+
+class OwnSamplers(RewardTrainer):
+    """Samples in its own way, by the tokens of the rows."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return sorted(range(len(rows)), key=lambda i: len(rows[i]["chosen_ids"]))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return range(len(eval_dataset) - 1, -1, -1)
+
+
+class OwnSamplersWithNormBT(NormBTRewardMixin, OwnSamplers):
+    pass
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_trainer_that_samples_in_its_own_way_keeps_it(strategy, tokenizer, tmp_path):
+    rows, options = make_dataset(4), {"train_sampling_strategy": strategy}
+    trainer = make_trainer(OwnSamplersWithNormBT, make_model(), tokenizer, tmp_path, rows, rows, **options)
+    assert sorted(trainer._get_train_sampler()) == [0, 1, 2, 3]
+    assert list(trainer._get_eval_sampler(rows)) == [3, 2, 1, 0]
 
 
 # --- misuse explains itself ----------------------------------------------------------------------------------------

@@ -160,6 +160,15 @@ def mask_of(inputs: Mapping[str, Any], hidden: Tensor) -> Tensor | None:
     return mask.to(hidden.device) if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2] else None
 
 
+def store_in_order(module: nn.Module) -> None:
+    """Has hooks that were put first or last be stored in their order, by which torch.compile of PyTorch 2.11 finds
+    them: an ordered dictionary moves an entry without moving it in memory."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        in_order = list(hooks.items())
+        hooks.clear()
+        hooks.update(in_order)
+
+
 class HeadReader:
     """Reads the rows from which a model's rewards are computed, in the forward passes between `expect` and `take`.
 
@@ -194,6 +203,7 @@ class HeadReader:
             head.module.register_forward_pre_hook(self._before_head, with_kwargs=True),
             head.module.register_forward_hook(self._after_head, prepend=True),  # before a pooled head expands
         )
+        store_in_order(head.module)
 
     def expect(self, input_ids: Tensor) -> None:
         """The next forward pass has these tokens `(N, S)` and is the one to read."""

@@ -27,6 +27,7 @@ from normbt_kernels.integrations.head import (
     last_token,
     logits_of,
     mask_of,
+    store_in_order,
     text_config,
 )
 from normbt_kernels.integrations.late_pooling import Narrowing, OfEachForward, modules_to_narrow
@@ -135,6 +136,8 @@ class Shortcuts:
                 head.module.register_forward_pre_hook(self._before_head, prepend=True),
                 head.module.register_forward_hook(self._after_head),
             ]
+        for module in (owner, head.module):
+            store_in_order(module)
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -170,6 +173,7 @@ class Shortcuts:
         reaches the rewards; it would not work on the zeros that our hook returns."""
         if self._wanted["padding_free"]:
             self._head.module._forward_hooks.move_to_end(self._hooks[-1].id)
+            store_in_order(self._head.module)
 
     def _rows_of_last_layer(self) -> Tensor | None:
         return self._scored.get() if self._taken["late_pooling"] else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -37,12 +37,13 @@ BY_LENGTH = ("group_by_length", "batch_rebalance")  # strategies of sampling tha
 
 
 class SampledByLength:
-    """A base class to name before `Trainer`: its strategies of sampling, for data sets of tokenised pairs."""
+    """A base class to name before `Trainer`: its strategies of sampling, for data sets of tokenised pairs. A subclass
+    of `Trainer` that samples in its own way keeps it."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         """As in `Trainer`; the length of a pair is that of its longer sequence."""
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy in BY_LENGTH and has_length(rows):
+        if self._samples_by_length("_get_train_sampler") and has_length(rows):
             import datasets
 
             rows = datasets.Dataset.from_dict({self.args.length_column_name: [num_tokens(row) for row in rows]})
@@ -50,9 +51,15 @@ class SampledByLength:
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
         """In the order of the rows, whatever the strategy of sampling: there is a prediction for each row."""
+        if not self._samples_by_length("_get_eval_sampler"):
+            return super()._get_eval_sampler(eval_dataset)
         if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
             return None
         return torch.utils.data.SequentialSampler(eval_dataset)
+
+    def _samples_by_length(self, method: str) -> bool:
+        samples = getattr(super(), method).__func__ is getattr(Trainer, method)
+        return samples and self.args.train_sampling_strategy in BY_LENGTH
 
 
 class PairsInTrainer(SampledByLength):

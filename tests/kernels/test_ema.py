@@ -171,10 +171,23 @@ def test_mu_of_a_checkpoint_of_another_dtype_is_loaded_as_fp32(dtype, assign):
     assert run(loss_fn.eval(), rows_at_distance([1.0])).weight == pytest.approx(2.0, rel=1e-5)
 
 
+def test_mu_without_a_value_may_be_cast():
+    with torch.device("meta"):
+        loss_fn = NormBTLoss()
+    loss_fn.mu.data = loss_fn.mu.data.bfloat16()
+    assert loss_fn.to_empty(device="cpu").mu.dtype == torch.float32
+
+
+def test_a_number_is_no_state():
+    with pytest.raises(RuntimeError, match=r"expected torch\.Tensor"):
+        NormBTLoss().load_state_dict({"mu": 2.0, "num_updates": 1})
+
+
 def test_mu_that_is_assigned_counts_in_any_dtype():
     loss_fn = NormBTLoss()
     run(loss_fn, rows_at_distance([3.0]))
-    loss_fn.mu = torch.tensor(2.0, dtype=torch.bfloat16)
+    loss_fn.mu = torch.tensor(4.0, dtype=torch.bfloat16)
+    loss_fn.mu.fill_(2.0)  # what is read is what is kept
     assert (loss_fn.mu, loss_fn.mu.dtype) == (2, torch.float32)
     assert run(loss_fn.eval(), rows_at_distance([1.0])).weight == pytest.approx(2.0, rel=1e-5)
 
