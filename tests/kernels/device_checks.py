@@ -363,17 +363,20 @@ def packed_training_is_as_exact_as_padded() -> str | None:
         return [rewards.detach(), torch.cat(gradients)]
 
     expected = train(padded, torch.float64)
-    settings = [{"dtype": torch.bfloat16}, {"dtype": torch.float32, "autocast": True}]
-    for setting in settings:
-        with patch.object(packed_attention, "varlen_attn", wraps=packed_attention.varlen_attn) as flash_attention:
-            train(packed, **setting)
-        assert flash_attention.called == ON_GPU, setting
-    if ON_GPU:  # Inductor takes minutes to compile C++
-        settings.append({"dtype": torch.bfloat16, "compiled": True})
-    for setting in settings:
-        for seen, plain, right in zip(train(packed, **setting), train(padded, **setting), expected, strict=True):
+
+    def check(found: list[Tensor], setting: dict) -> None:
+        for seen, plain, right in zip(found, train(padded, **setting), expected, strict=True):
             error, allowed = (seen - right).norm(), (plain - right).norm()
             assert error <= 1.5 * allowed, f"{setting}: {error / right.norm():.2g}, padded {allowed / right.norm():.2g}"
+
+    for setting in ({"dtype": torch.bfloat16}, {"dtype": torch.float32, "autocast": True}):
+        with patch.object(packed_attention, "varlen_attn", wraps=packed_attention.varlen_attn) as flash_attention:
+            found = train(packed, **setting)
+        assert flash_attention.called == ON_GPU, setting
+        check(found, setting)
+    if ON_GPU:  # Inductor takes minutes to compile C++
+        compiled = {"dtype": torch.bfloat16, "compiled": True}
+        check(train(packed, **compiled), compiled)
     return None
 
 
